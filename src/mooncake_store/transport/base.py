@@ -1,0 +1,164 @@
+"""Define what a medium must do: let peers read our memory, and read theirs.
+
+Architecture::
+
+    Media (media.py)            one per process: serves our memory on every medium, attaches to a peer's on the best one
+      └─ Transport              one per medium: shm | cma | tcp | loopback (rdma later)
+           ├─ serve(memory)     -> Offer        goes into the RegionDescriptor that we publish
+           └─ attach(region)    -> Attachment   reads batches out of a peer's region
+
+Memory model: a region is one contiguous range of the owner's virtual memory. The owner keeps it mapped until
+``withdraw``. A reader names bytes by offset into the region; the target is an absolute address in the reader's process.
+
+Failure model: per request. ``Attachment.read`` never raises for a failed read: it reports each request once. It raises
+only LocalProtocolError, for a batch that breaks the rules below. A failed request may have written part of its target.
+
+Threading model: ``serve``/``withdraw``/``attach``/``close`` may be called from any thread. An ``Attachment`` is used by
+one thread at a time; different attachments may be read from different threads in parallel.
+
+Implementor contract: ``read`` honours ``deadline_ns`` (CLOCK_MONOTONIC), accepts any batch size, releases the GIL while
+bytes move, and never reads outside the region (checked on the serving side too, where there is one).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+import numpy as np
+
+from mooncake_store.errors import LocalProtocolError, MooncakeError
+from mooncake_store.types import HostIdentity
+
+
+class ShmOffer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
+    """Memory backed by a memfd, handed over by SCM_RIGHTS on an abstract unix socket."""
+
+    socket: str
+
+
+class CmaOffer(msgspec.Struct, frozen=True, array_like=True, tag="cma"):
+    """Memory readable with process_vm_readv(2). ``start_ticks`` guards against a reused pid (/proc/PID/stat field 22)."""
+
+    pid: int
+    start_ticks: int
+    address: int
+
+
+class TcpOffer(msgspec.Struct, frozen=True, array_like=True, tag="tcp"):
+    """Memory served by a read server."""
+
+    host: str
+    port: int
+
+
+class LoopbackOffer(msgspec.Struct, frozen=True, array_like=True, tag="loopback"):
+    """Memory of this very process; for tests and for reading our own segment."""
+
+    pid: int
+    address: int
+
+
+Offer = ShmOffer | CmaOffer | TcpOffer | LoopbackOffer
+
+
+class RegionDescriptor(msgspec.Struct, frozen=True, array_like=True):
+    """What a peer needs to read one region; safe to publish.
+
+    ``region_id`` is random and unique per life of the owner, so a stale descriptor is refused, not misread.
+    """
+
+    region_id: int
+    size_bytes: int
+    host: HostIdentity
+    offers: tuple[Offer, ...]
+
+
+class LocalMemory(msgspec.Struct, frozen=True):
+    """A range of our own memory to serve.
+
+    Attributes:
+        address: virtual address of its first byte.
+        size_bytes: length.
+        memfd: descriptor whose offset 0 is ``address``, or -1 when the memory is not shared.
+        owner: object kept alive as long as the region is served (a tensor, an mmap).
+    """
+
+    address: int
+    size_bytes: int
+    memfd: int = -1
+    owner: object = None
+
+
+class ReadBatch(msgspec.Struct, frozen=True):
+    """Reads out of one region; element i copies ``lengths[i]`` bytes.
+
+    Shape: three 1-D uint64 arrays of equal length n >= 1. Units: bytes; ``local_addresses`` are absolute in this process.
+    """
+
+    remote_offsets: np.ndarray
+    local_addresses: np.ndarray
+    lengths: np.ndarray
+
+    def check(self, region_size_bytes: int) -> None:
+        """Raise LocalProtocolError unless the arrays agree and every read lies inside the region."""
+        count = len(self.lengths)
+        if count == 0 or len(self.remote_offsets) != count or len(self.local_addresses) != count:
+            raise LocalProtocolError(f"read batch arrays have lengths {len(self.remote_offsets)}, "
+                                     f"{len(self.local_addresses)}, {count}; they must be equal and at least 1")
+        # offset <= size - length, without the overflow that offset + length could have
+        if bool((self.lengths > region_size_bytes).any()) or bool(
+                (self.remote_offsets > np.uint64(region_size_bytes) - self.lengths).any()):
+            raise LocalProtocolError(f"a read lies outside its region of {region_size_bytes} bytes")
+
+
+class ReadResult(msgspec.Struct, frozen=True):
+    """Outcome of one batch: ``ok[i]`` is True when all bytes of request i arrived.
+
+    ``error`` is the first failure, None when every request is ok. ``num_bytes`` counts bytes of ok requests.
+    """
+
+    ok: np.ndarray
+    num_bytes: int
+    error: MooncakeError | None = None
+
+
+class Attachment(Protocol):
+    """A reader's handle on one remote region."""
+
+    medium: str
+
+    def read(self, batch: ReadBatch, *, deadline_ns: int) -> ReadResult:
+        """Copy every request of the batch into local memory; blocks until done, failed or past the deadline."""
+        ...
+
+    def close(self) -> None:
+        """Release the handle. Idempotent."""
+        ...
+
+
+class Transport(Protocol):
+    """One medium. Moves bytes; never decides what to move."""
+
+    medium: str
+
+    def serve(self, region_id: int, memory: LocalMemory) -> Offer | None:
+        """Let peers read ``memory`` under ``region_id``; None when this medium cannot serve such memory."""
+        ...
+
+    def withdraw(self, region_id: int) -> None:
+        """Stop serving a region; readers get failures from here on. Idempotent."""
+        ...
+
+    def attach(self, region: RegionDescriptor, *, deadline_ns: int) -> Attachment:
+        """Open a peer's region.
+
+        Raises:
+            PeerUnreachable: the owner is gone or does not answer.
+            TransferFailed: the medium refuses (permission, limits); ``hint`` says what to change.
+        """
+        ...
+
+    def close(self) -> None:
+        """Withdraw everything and stop threads. Idempotent."""
+        ...

@@ -1,0 +1,80 @@
+"""Define the nouns both planes share: keys, extents, hosts, members.
+
+Pure: no sockets, threads, clocks, torch or engine imports.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+import msgspec
+
+BlockKey = NewType("BlockKey", bytes)
+"""Names the content of one block; equal keys mean interchangeable bytes. Built by :func:`block_key`."""
+
+NodeId = NewType("NodeId", str)
+"""Names one member of a cell for one life of its process; never reused."""
+
+NAMESPACE_BYTES = 16
+PART_BYTES = 2
+CONTENT_MAX_BYTES = 64
+
+
+def block_key(namespace: bytes, part: int, content: bytes) -> BlockKey:
+    """Join the three things that name a block's bytes.
+
+    Args:
+        namespace: 16-byte digest of everything that must be equal to share bytes.
+        part: TP/PP part index, 0 <= part < 65,536.
+        content: the engine's prefix-chained block hash, unchanged, 1 to 64 bytes.
+
+    Raises:
+        ValueError: if a length or the part is out of range.
+    """
+    if len(namespace) != NAMESPACE_BYTES:
+        raise ValueError(f"namespace has {len(namespace)} bytes, not {NAMESPACE_BYTES}")
+    if not 0 < len(content) <= CONTENT_MAX_BYTES:
+        raise ValueError(f"content hash has {len(content)} bytes, not 1 to {CONTENT_MAX_BYTES}")
+    return BlockKey(namespace + part.to_bytes(PART_BYTES, "big") + content)
+
+
+class Extent(msgspec.Struct, frozen=True, array_like=True):
+    """One contiguous byte range of a segment.
+
+    Units: bytes. Invariant: ``offset >= 0`` and ``length > 0``.
+    """
+
+    offset: int
+    length: int
+
+
+class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
+    """Tells whether two processes share a kernel, and whether they see each other's pids.
+
+    Source: /proc/sys/kernel/random/boot_id and the inode of /proc/self/ns/pid.
+    """
+
+    boot_id: str
+    pid_namespace: int
+
+
+class Member(msgspec.Struct, frozen=True, array_like=True):
+    """One process of a cell as its membership announces it.
+
+    Attributes:
+        node_id: unique for one life of the process.
+        kind: ``engine`` (embedded client) or ``store`` (capacity node).
+        control: ZeroMQ address of its pull server, e.g. ``tcp://127.0.0.1:40123``.
+        host: lets a peer see that it is on the same machine.
+        pid: process id inside ``host.pid_namespace``.
+        capacity_bytes: size of its segment; 0 when it only reads.
+        version: package version, for ``mooncake status``.
+    """
+
+    node_id: NodeId
+    kind: str
+    control: str
+    host: HostIdentity
+    pid: int
+    capacity_bytes: int
+    version: str
