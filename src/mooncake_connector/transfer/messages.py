@@ -1,0 +1,148 @@
+"""Define what a prefill worker and a decode worker say to each other about a hand-over.
+
+Pure. msgspec tagged structs in msgpack behind one version byte; golden bytes in tests/unit/transfer. Grouped by receiver.
+A decode worker opens with Hello; everything else waits for its Welcome or Refused.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import msgspec
+
+from mooncake_connector.kv.fingerprint import Fingerprint
+from mooncake_connector.kv.layout import KVLayout
+from mooncake_connector.kv.plan import Progress
+from mooncake_store.errors import RemoteProtocolError
+from mooncake_store.transport.base import RegionDescriptor
+from mooncake_store.types import HostIdentity
+
+WIRE_VERSION = 1
+MESSAGE_MAX_BYTES = 4 << 20
+
+
+# ---- to the prefill worker
+
+
+class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
+    """Say who we are; ``pid`` with ``host`` lets a peer on this machine watch our process."""
+
+    fingerprint: Fingerprint
+    host: HostIdentity
+    pid: int
+
+
+class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag="subscribe"):
+    """Ask to be told what becomes ready of one transfer; repeated harmlessly."""
+
+    transfer_id: str
+
+
+class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
+    """Renew the leases of these transfers."""
+
+    transfer_ids: list[str]
+
+
+class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
+    """Say that we read all we want of a transfer; its blocks may go."""
+
+    transfer_id: str
+
+
+class VerifyRequest(msgspec.Struct, frozen=True, array_like=True, tag="verify"):
+    """Ask for the checksums of the first ``num_blocks`` blocks of a transfer; only with ``verify`` on."""
+
+    transfer_id: str
+    num_blocks: int
+
+
+# ---- to the decode worker
+
+
+class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
+    """Describe the prefill worker's cache and its page of epoch words, once per connection."""
+
+    layout: KVLayout
+    cache: RegionDescriptor
+    epochs: RegionDescriptor
+    host: HostIdentity
+    pid: int
+
+
+class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
+    """Say why this peer gets nothing: the fields in which the fingerprints differ."""
+
+    reason: str
+
+
+class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
+    """Tell how far a prefill has come.
+
+    Attributes:
+        epoch_slot: index of the transfer's 64-bit word in the epochs region.
+        epoch: value it must still have after a copy; anything else means that the copy may hold other bytes.
+        progress: see kv.plan.Progress.
+        block_ids: ids of the prompt's blocks; None when unchanged since the last Ready of this transfer to this peer.
+    """
+
+    transfer_id: str
+    epoch_slot: int
+    epoch: int
+    progress: Progress
+    block_ids: list[int] | None
+
+
+class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
+    """Say that nothing more will come of a transfer."""
+
+    transfer_id: str
+    reason: str
+
+
+class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
+    """Answer a heartbeat."""
+
+
+class VerifyReply(msgspec.Struct, frozen=True, array_like=True, tag="verified"):
+    """Give one checksum per block; empty when the transfer is gone."""
+
+    transfer_id: str
+    checksums: list[int]
+
+
+Message = TypeVar("Message")
+ToPrefill = Hello | Subscribe | Heartbeat | Done | VerifyRequest
+ToDecode = Welcome | Refused | Ready | Abort | Alive | VerifyReply
+
+_encoder = msgspec.msgpack.Encoder()
+_to_prefill = msgspec.msgpack.Decoder(ToPrefill)
+_to_decode = msgspec.msgpack.Decoder(ToDecode)
+_VERSION = bytes([WIRE_VERSION])
+
+
+def encode(message: ToPrefill | ToDecode) -> bytes:
+    """Return the bytes of one message."""
+    return _VERSION + _encoder.encode(message)
+
+
+def decode_to_prefill(data: bytes) -> ToPrefill:
+    """Read a message sent to a prefill worker. Raises: RemoteProtocolError with the reason."""
+    return _decode(data, _to_prefill)
+
+
+def decode_to_decode(data: bytes) -> ToDecode:
+    """Read a message sent to a decode worker. Raises: RemoteProtocolError with the reason."""
+    return _decode(data, _to_decode)
+
+
+def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[Message]) -> Message:
+    if len(data) > MESSAGE_MAX_BYTES:
+        raise RemoteProtocolError(f"message of {len(data)} bytes; at most {MESSAGE_MAX_BYTES} are read")
+    if data[:1] != _VERSION:
+        raise RemoteProtocolError(f"hand-over wire version {data[:1].hex() or 'missing'}, ours is {WIRE_VERSION:02x}",
+                                  hint="run the same plugin version on both engines")
+    try:
+        return decoder.decode(memoryview(data)[1:])
+    except (msgspec.MsgspecError, ValueError) as error:
+        raise RemoteProtocolError(f"malformed hand-over message: {error}") from error
