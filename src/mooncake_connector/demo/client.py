@@ -68,7 +68,8 @@ def session() -> aiohttp.ClientSession:
 async def chat(http: aiohttp.ClientSession, url: str, messages: Sequence[dict[str, str]], *, max_tokens: int,
                **body: Any) -> Answer:
     """Ask for one streamed chat answer, greedily."""
-    return await _stream(http, f"{url}/v1/chat/completions", {"messages": list(messages), "max_tokens": max_tokens, **body})
+    return await _stream(http, f"{url}/v1/chat/completions",
+                         {"messages": list(messages), "max_tokens": max_tokens, **body})
 
 
 async def complete(http: aiohttp.ClientSession, url: str, prompt: Sequence[int] | str, *, max_tokens: int,
@@ -122,8 +123,8 @@ async def introduce(http: aiohttp.ClientSession, url: str) -> dict[str, Any]:
     Raises:
         AskFailed: if it has no connector of ours.
     """
-    answer = await post(http, f"{url}/v1/completions",
-                        {"model": SERVED_NAME, "prompt": [1], "max_tokens": 1, "kv_transfer_params": {"introduce": True}})
+    answer = await post(http, f"{url}/v1/completions", {
+        "model": SERVED_NAME, "prompt": [1], "max_tokens": 1, "kv_transfer_params": {"introduce": True}})
     found = answer.get("kv_transfer_params")
     if not found:
         raise AskFailed("the engine does not introduce itself", where=url, hint="start it with the MooncakeKVConnector")
@@ -177,7 +178,8 @@ async def hand_over(http: aiohttp.ClientSession, *, prefill_url: str, decode_url
 
 async def _stream(http: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> Answer:
     answer = Answer(began=time.monotonic())
-    request = {"model": SERVED_NAME, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}, **body}
+    request = {"model": SERVED_NAME, "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
+               **body}
     try:
         async with http.post(url, json=request) as reply:
             answer.status = reply.status

@@ -110,8 +110,8 @@ def engine_options(python: str, model: str, **options: object) -> EngineOptions:
     if not found.has_plugin:
         source = str(Path(__file__).resolve().parents[2])
         if "site-packages" in source or found.missing:
-            raise ConfigError(f"{python} lacks our plugin" + (f" and {', '.join(found.missing)}" if found.missing else ""),
-                              where="--python", hint=f"{python} -m pip install mooncake-plugin")
+            raise ConfigError(f"{python} lacks {', '.join(('our plugin', *found.missing))}", where="--python",
+                              hint=f"{python} -m pip install mooncake-plugin")
     return msgspec.convert({"python": python, "model": model, "source_path": source, **options}, EngineOptions)
 
 
