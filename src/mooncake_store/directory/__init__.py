@@ -1,0 +1,1 @@
+"""Know which members of a cell hold which blocks."""

@@ -42,7 +42,13 @@ class Directory(Protocol):
     """Answers which members hold which blocks."""
 
     def join(self, member: Member) -> None:
-        """Announce ourselves; kept alive until ``close``; re-announced with all our entries after any loss."""
+        """Announce ourselves; kept alive until ``close``; re-announced with all our entries after any loss.
+
+        Joining again with the same node id replaces the announcement.
+
+        Raises:
+            LocalProtocolError: for another node id, or one that cannot be part of a key.
+        """
         ...
 
     def members(self) -> dict[NodeId, Member]:
@@ -52,8 +58,10 @@ class Directory(Protocol):
     def publish(self, keys: Sequence[BlockKey]) -> None:
         """Announce that we hold these blocks. Written behind, in batches of some 20 ms. Idempotent.
 
+        Ignored after ``close``.
+
         Raises:
-            LocalProtocolError: before ``join``.
+            LocalProtocolError: before ``join``, or for a key of a length that ``block_key`` cannot produce.
         """
         ...
 
@@ -62,11 +70,17 @@ class Directory(Protocol):
         ...
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until everything queued so far is written; False on timeout."""
+        """Wait until everything queued so far is written and our own mirror shows it; False on timeout.
+
+        Afterwards a peer that waits for our ``revision()`` sees it too.
+        """
         ...
 
     def locate(self, keys: Sequence[BlockKey]) -> list[tuple[NodeId, ...]]:
-        """Return who holds each key, same order; ``()`` is a miss. No I/O."""
+        """Return who holds each key, same order; ``()`` is a miss. No I/O.
+
+        Every node named here is in ``members()`` unless it left in between.
+        """
         ...
 
     def match(self, keys: Sequence[BlockKey]) -> int:
@@ -74,7 +88,10 @@ class Directory(Protocol):
         ...
 
     def revision(self) -> int:
-        """Return the revision that the mirror has applied; grows monotonically for one backing service."""
+        """Return the revision of the last change that the mirror has applied.
+
+        Grows monotonically while the backing service keeps its data. A number to pass to a peer's ``wait_revision``.
+        """
         ...
 
     def wait_revision(self, revision: int, timeout_s: float) -> bool:
