@@ -1,0 +1,1 @@
+"""Move bytes between processes: one protocol, several media, chosen per peer."""

@@ -16,6 +16,9 @@ only LocalProtocolError, for a batch that breaks the rules below. A failed reque
 Threading model: ``serve``/``withdraw``/``attach``/``close`` may be called from any thread. An ``Attachment`` is used by
 one thread at a time; different attachments may be read from different threads in parallel.
 
+Consistency: a read sees each byte as it was at some moment during the call; the owner may be writing. That the bytes
+are the wanted ones is the caller's job: a lease held across the read, or an epoch word read again after it.
+
 Implementor contract: ``read`` honours ``deadline_ns`` (CLOCK_MONOTONIC), accepts any batch size, releases the GIL while
 bytes move, and never reads outside the region (checked on the serving side too, where there is one).
 """
@@ -27,8 +30,12 @@ from typing import Protocol
 import msgspec
 import numpy as np
 
-from mooncake_store.errors import LocalProtocolError, MooncakeError
+from mooncake_store.errors import LocalProtocolError, MooncakeError, PeerUnreachable
 from mooncake_store.types import HostIdentity
+
+
+class RegionGone(PeerUnreachable):
+    """The owner's process is dead, or it no longer serves the region: no other medium will reach it either."""
 
 
 class ShmOffer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
@@ -38,11 +45,16 @@ class ShmOffer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
 
 
 class CmaOffer(msgspec.Struct, frozen=True, array_like=True, tag="cma"):
-    """Memory readable with process_vm_readv(2). ``start_ticks`` guards against a reused pid (/proc/PID/stat field 22)."""
+    """Memory readable with process_vm_readv(2).
+
+    ``start_ticks`` guards against a reused pid (/proc/PID/stat field 22). The 8 bytes at ``guard_address`` hold the
+    region's id while it is served (guard.py).
+    """
 
     pid: int
     start_ticks: int
     address: int
+    guard_address: int
 
 
 class TcpOffer(msgspec.Struct, frozen=True, array_like=True, tag="tcp"):
@@ -93,7 +105,8 @@ class LocalMemory(msgspec.Struct, frozen=True):
 class ReadBatch(msgspec.Struct, frozen=True):
     """Reads out of one region; element i copies ``lengths[i]`` bytes.
 
-    Shape: three 1-D uint64 arrays of equal length n >= 1. Units: bytes; ``local_addresses`` are absolute in this process.
+    Shape: three 1-D uint64 arrays of equal length n >= 1. Units: bytes; ``local_addresses`` are absolute in this
+    process.
     """
 
     remote_offsets: np.ndarray
@@ -101,15 +114,27 @@ class ReadBatch(msgspec.Struct, frozen=True):
     lengths: np.ndarray
 
     def check(self, region_size_bytes: int) -> None:
-        """Raise LocalProtocolError unless the arrays agree and every read lies inside the region."""
+        """Raise LocalProtocolError unless the arrays agree and every read lies inside the region.
+
+        Reads of zero bytes are refused too. Targets are not checked: that they are writable and do not overlap is the
+        caller's promise.
+        """
         count = len(self.lengths)
         if count == 0 or len(self.remote_offsets) != count or len(self.local_addresses) != count:
             raise LocalProtocolError(f"read batch arrays have lengths {len(self.remote_offsets)}, "
                                      f"{len(self.local_addresses)}, {count}; they must be equal and at least 1")
-        # offset <= size - length, without the overflow that offset + length could have
-        if bool((self.lengths > region_size_bytes).any()) or bool(
-                (self.remote_offsets > np.uint64(region_size_bytes) - self.lengths).any()):
-            raise LocalProtocolError(f"a read lies outside its region of {region_size_bytes} bytes")
+        if not (self.remote_offsets.dtype == self.local_addresses.dtype == self.lengths.dtype == np.uint64):
+            raise LocalProtocolError(f"read batch arrays are {self.remote_offsets.dtype}, "
+                                     f"{self.local_addresses.dtype}, {self.lengths.dtype}; all must be uint64")
+        if count == 1:  # plain ints: an epoch word is re-read after every copy, and numpy costs 1 us per operation
+            length = int(self.lengths[0])
+            is_inside = 0 < length <= region_size_bytes - int(self.remote_offsets[0])
+        else:
+            # offset <= size - length, without the overflow that offset + length could have
+            is_inside = bool(self.lengths.all()) and bool((self.lengths <= region_size_bytes).all()) and bool(
+                (self.remote_offsets <= np.uint64(region_size_bytes) - self.lengths).all())
+        if not is_inside:
+            raise LocalProtocolError(f"a read is empty or lies outside its region of {region_size_bytes} bytes")
 
 
 class ReadResult(msgspec.Struct, frozen=True):
@@ -121,6 +146,18 @@ class ReadResult(msgspec.Struct, frozen=True):
     ok: np.ndarray
     num_bytes: int
     error: MooncakeError | None = None
+
+    @staticmethod
+    def of(batch: ReadBatch, ok: np.ndarray, error: MooncakeError | None) -> ReadResult:
+        """Sum up a batch whose request i is complete where ``ok[i]``."""
+        if error is None:
+            return ReadResult(ok, int(batch.lengths.sum()))
+        return ReadResult(ok, int(batch.lengths[ok].sum()), error)
+
+    @staticmethod
+    def failed(batch: ReadBatch, error: MooncakeError) -> ReadResult:
+        """Say that no request of the batch arrived."""
+        return ReadResult(np.zeros(len(batch.lengths), np.bool_), 0, error)
 
 
 class Attachment(Protocol):
@@ -154,7 +191,8 @@ class Transport(Protocol):
         """Open a peer's region.
 
         Raises:
-            PeerUnreachable: the owner is gone or does not answer.
+            RegionGone: the owner's process is dead, or does not serve the region.
+            PeerUnreachable: the owner does not answer on this medium.
             TransferFailed: the medium refuses (permission, limits); ``hint`` says what to change.
         """
         ...

@@ -1,0 +1,220 @@
+"""Read a peer's memory on the same host with process_vm_readv(2).
+
+Nothing is shared beforehand and no code runs on the owner's side. For memory that is not a memfd, such as an engine's KV cache. The kernel copies once, straight from the owner's pages to
+ours, up to 1,024 ranges per call.
+
+Who may read whom is the kernel's ptrace rule (PTRACE_MODE_ATTACH_REALCREDS): same user and dumpable, or
+CAP_SYS_PTRACE, and both see each other's pids. Under Yama's ptrace_scope=1 the owner must allow it, which ``serve``
+does (prctl PR_SET_PTRACER_ANY: any process of the same user may then read, and debug, this one); scope 2 and above
+need CAP_SYS_PTRACE.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mooncake_store.errors import MooncakeError, TransferFailed
+from mooncake_store.transport import libc
+from mooncake_store.transport.base import CmaOffer, LocalMemory, ReadBatch, ReadResult, RegionDescriptor, RegionGone
+from mooncake_store.transport.coalesce import Group, Pieces, coalesce, groups
+from mooncake_store.transport.copying import past_deadline
+from mooncake_store.transport.guard import GuardPage
+from mooncake_store.transport.memory import process_start_ticks
+
+CALL_MAX_BYTES = 32 << 20
+"""Bytes of one system call, so that the deadline is looked at every 10 to 20 ms."""
+
+
+def explain(error: OSError, pid: int) -> MooncakeError:
+    """Turn an errno of process_vm_readv into what happened and what to change."""
+    where = f"cma, pid {pid}"
+    if error.errno == errno.ESRCH:
+        return RegionGone("the owner's process is gone", where=where)
+    if error.errno == errno.EFAULT:
+        return TransferFailed("the owner unmapped part of the region, or the target is not writable", where=where)
+    if error.errno == errno.EPERM:
+        return TransferFailed(
+            f"the kernel does not let us read the owner's memory (Yama ptrace_scope is {_ptrace_scope()})", where=where,
+            hint="run both processes as the same user; in containers share the pid namespace and add SYS_PTRACE "
+                 "(docker --cap-add=SYS_PTRACE, Kubernetes securityContext.capabilities.add); on the host "
+                 "`sysctl kernel.yama.ptrace_scope=1` or 0; or leave cma out of `media`")
+    if error.errno == errno.ENOSYS:
+        return TransferFailed("this kernel has no process_vm_readv", where=where, hint="leave cma out of `media`")
+    return TransferFailed(f"process_vm_readv failed: {error}", where=where)
+
+
+class CmaTransport:
+    """Serves and reads memory by process_vm_readv. Implements ``base.Transport``; has no threads."""
+
+    medium = "cma"
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._guards: GuardPage | None = None
+        self._kept: dict[int, LocalMemory] = {}
+
+    def probe(self) -> str:
+        """Return why this medium cannot work here, empty when it can: reads 8 bytes of ourselves."""
+        source, target = ctypes.c_uint64(0x6D6F6F6E), ctypes.c_uint64(0)
+        try:
+            libc.read_process(os.getpid(), _ranges(ctypes.addressof(target), 8), _ranges(ctypes.addressof(source), 8))
+        except OSError as error:
+            return explain(error, os.getpid()).message
+        return "" if target.value == source.value else "process_vm_readv copied wrong bytes"
+
+    def serve(self, region_id: int, memory: LocalMemory) -> CmaOffer | None:
+        """Allow peers to read the memory; None when its guard cannot be kept (too many regions).
+
+        Raises:
+            MooncakeError: the guard page cannot be made.
+        """
+        with self._lock:
+            if self._guards is None:
+                self._guards = GuardPage()
+                libc.allow_any_tracer()
+            guard_offset = self._guards.hold(region_id)
+            self._kept[region_id] = memory
+            ticks = process_start_ticks(os.getpid())
+            return CmaOffer(os.getpid(), ticks or 0, memory.address, self._guards.address + guard_offset)
+
+    def withdraw(self, region_id: int) -> None:
+        """Clear the region's guard: reads that end after this fail. Idempotent."""
+        with self._lock:
+            if self._guards is not None:
+                self._guards.release(region_id)
+            self._kept.pop(region_id, None)
+
+    def attach(self, region: RegionDescriptor, *, deadline_ns: int) -> CmaAttachment:
+        """Check that the owner lives, may be read, and still serves the region.
+
+        Raises:
+            RegionGone: the process is gone, its pid is another's now, or the region is withdrawn.
+            TransferFailed: not offered, or the kernel forbids it; the hint says what to change.
+        """
+        offer = next((offer for offer in region.offers if isinstance(offer, CmaOffer)), None)
+        if offer is None:
+            raise TransferFailed("the region is not offered over cma")
+        if process_start_ticks(offer.pid) != offer.start_ticks:
+            raise RegionGone("the owner's process is gone", where=f"cma, pid {offer.pid}")
+        attachment = CmaAttachment(region, offer)
+        error = attachment.check_guard()
+        if error is not None:
+            raise error
+        return attachment
+
+    def close(self) -> None:
+        """Withdraw everything. Idempotent."""
+        with self._lock:
+            if self._guards is not None:
+                self._guards.close()
+                self._guards = None
+            self._kept.clear()
+
+
+class CmaAttachment:
+    """Reads one region of another process. Implements ``base.Attachment``; holds no descriptor."""
+
+    medium = "cma"
+
+    def __init__(self, region: RegionDescriptor, offer: CmaOffer) -> None:
+        self._region = region
+        self._offer = offer
+        self._guard = np.zeros(1, np.uint64)
+        self._guard_local = _ranges(self._guard.ctypes.data, 8)
+        self._guard_remote = _ranges(offer.guard_address, 8)
+        self._is_closed = False
+
+    def read(self, batch: ReadBatch, *, deadline_ns: int) -> ReadResult:
+        """Copy the batch; see ``base.Attachment.read``. A range the owner unmapped fails alone, the others go on."""
+        batch.check(self._region.size_bytes)
+        if self._is_closed:
+            return ReadResult.failed(batch, TransferFailed("attachment is closed", where="cma"))
+        if time.monotonic_ns() >= deadline_ns:
+            return ReadResult.failed(batch, past_deadline("cma", 0, len(batch.lengths)))
+        pieces = coalesce(batch)
+        done, error = self._read_pieces(pieces, deadline_ns)
+        # last, so that everything before it was read while the region was served
+        refused = self.check_guard()
+        if refused is not None:
+            return ReadResult.failed(batch, refused)
+        return ReadResult.of(batch, pieces.outcome(done), error)
+
+    def check_guard(self) -> MooncakeError | None:
+        """Return why the region is no longer the one described, None when it is."""
+        try:
+            libc.read_process(self._offer.pid, self._guard_local, self._guard_remote)
+        except OSError as error:
+            if error.errno != errno.EFAULT:
+                return explain(error, self._offer.pid)
+            self._guard[0] = 0
+        if int(self._guard[0]) == self._region.region_id:
+            return None
+        return RegionGone(f"the owner no longer serves region {self._region.region_id:#x}",
+                               where=f"cma, pid {self._offer.pid}")
+
+    def close(self) -> None:
+        """Refuse further reads. Idempotent."""
+        self._is_closed = True
+
+    def _read_pieces(self, pieces: Pieces, deadline_ns: int) -> tuple[npt.NDArray[np.bool_], MooncakeError | None]:
+        total = len(pieces.lengths)
+        local, remote = np.empty((total, 2), np.uint64), np.empty((total, 2), np.uint64)
+        local[:, 0], local[:, 1] = pieces.local_addresses, pieces.lengths
+        remote[:, 0], remote[:, 1] = pieces.remote_offsets + np.uint64(self._offer.address), pieces.lengths
+        done = np.zeros(total, np.bool_)
+        error: MooncakeError | None = None
+        for group in groups(pieces.lengths, count_max=libc.IOV_MAX, bytes_max=CALL_MAX_BYTES):
+            if group.start and time.monotonic_ns() >= deadline_ns:
+                return done, error or past_deadline("cma", group.start, total)
+            try:
+                faulted = self._read_group(group, local, remote, done)
+            except OSError as failure:
+                return done, error or explain(failure, self._offer.pid)
+            if faulted and error is None:
+                error = explain(OSError(errno.EFAULT, os.strerror(errno.EFAULT)), self._offer.pid)
+        return done, error
+
+    def _read_group(self, group: Group, local: npt.NDArray[Any], remote: npt.NDArray[Any],
+                    done: npt.NDArray[np.bool_]) -> bool:
+        """Copy one group, leaving out ranges that fault; return whether any did. Raises OSError for anything else."""
+        faulted = False
+        start = group.start
+        while start < group.stop:
+            window = slice(start, group.stop)
+            try:
+                copied = libc.read_process(self._offer.pid, local[window], remote[window])
+            except OSError as error:
+                if error.errno != errno.EFAULT:
+                    raise
+                copied = 0
+            if start == group.start and copied == group.num_bytes:
+                done[window] = True
+                return False
+            # It stopped early: the ranges before the stop are complete. The one it stopped in goes first next time, and
+            # is left out when it is the one at the front.
+            num_done = int(np.searchsorted(np.cumsum(local[window, 1]), np.uint64(copied), side="right"))
+            done[start:start + num_done] = True
+            if num_done == 0:
+                faulted = True
+            start += max(num_done, 1)
+        return faulted
+
+
+def _ranges(address: int, length: int) -> npt.NDArray[np.uint64]:
+    return np.array([[address, length]], np.uint64)
+
+
+def _ptrace_scope() -> str:
+    try:
+        return Path("/proc/sys/kernel/yama/ptrace_scope").read_text(encoding="ascii").strip()
+    except OSError:
+        return "not in use"
