@@ -12,7 +12,7 @@ CONNECTOR_METRICS: dict[str, MetricSpec] = {
     "mooncake_handoff_seconds": MetricSpec("histogram", "From subscription to the last byte of a hand-over"),
     "mooncake_handoff_stale_total": MetricSpec("counter", "Copies thrown away because the epoch had moved"),
     "mooncake_handoff_refused_total": MetricSpec("counter", "Peers refused", ("reason",)),
-    "mooncake_verify_blocks_total": MetricSpec("counter", "Blocks whose bytes were compared with the source", ("result",)),
+    "mooncake_verify_blocks_total": MetricSpec("counter", "Blocks compared with their source", ("result",)),
     "mooncake_prefix_lookups_total": MetricSpec("counter", "Pool lookups by result", ("result",)),
     "mooncake_prefix_hit_tokens_total": MetricSpec("counter", "Prompt tokens found in the pool"),
     "mooncake_load_blocks_total": MetricSpec("counter", "Blocks loaded from the pool, by outcome", ("result",)),

@@ -1,0 +1,1 @@
+"""Adapt engines: one folder per engine, which alone may import it."""

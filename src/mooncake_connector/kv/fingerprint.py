@@ -79,7 +79,7 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
             raise FingerprintMismatch(
                 describe(found, len(self.__struct_fields__)),
                 where=where,
-                hint="start both engines with the same model, dtype, block size and parallel sizes on the same kind of CPU",
+                hint="start both engines with the same model, dtype, block size and parallel sizes on one kind of CPU",
             )
 
     def namespace(self) -> bytes:

@@ -61,7 +61,7 @@ class PagePlan(msgspec.Struct, frozen=True):
         return len(self.source_offsets) * self.page_bytes
 
 
-def plan_pull(  # noqa: PLR0913 - one keyword each for the two ends of the copy
+def plan_pull(
     *,
     source: KVLayout,
     target: KVLayout,
@@ -88,7 +88,8 @@ def plan_pull(  # noqa: PLR0913 - one keyword each for the two ends of the copy
                          f"{target.num_layers} x {target.page_bytes}")
     last = int(ready.max(initial=0))
     if last > len(source_blocks) or last > len(target_blocks):
-        raise ValueError(f"{last} blocks are ready, {len(source_blocks)} source and {len(target_blocks)} target ids known")
+        raise ValueError(f"{last} blocks are ready, but {len(source_blocks)} source and {len(target_blocks)} target "
+                         "block ids are known")
     source_parts: list[U64] = []
     target_parts: list[U64] = []
     for first_layer, last_layer, low, high in _runs(pulled, ready):

@@ -1,0 +1,1 @@
+"""Move KV cache for any engine: hand-over from prefill to decode, and the pooled prefix cache."""

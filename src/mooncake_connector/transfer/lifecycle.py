@@ -4,10 +4,11 @@ Pure. Everything about transitions lives in this file, as two tables; neither kn
 
 A transfer at the prefill side moves WANTED -> COMPUTING -> HELD -> GONE. Two things end it from outside and may come in
 any order: the decode worker's Done, and the engine saying that the request finished. Blocks may go only when both are
-there, or when the lease ends. The engine must be told exactly once that it may free (REPORT): it asserts on a second time.
+there, or when the lease ends. The engine must be told exactly once that it may free (REPORT): it asserts on a second
+time.
 
-A transfer at the decode side moves WAITING -> READING -> ENDED or FAILED. The engine must be told exactly once per parked
-request, also when the request was cancelled meanwhile.
+A transfer at the decode side moves WAITING -> READING -> ENDED or FAILED. The engine must be told exactly once per
+parked request, also when the request was cancelled meanwhile.
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ class PullEvent(enum.Enum):
 class PullStep(NamedTuple):
     """One cell of the decode side's table.
 
-    ``reports``: tell the engine now that the request's wait is over; ``releases``: tell the prefill that we are through.
+    ``reports``: tell the engine now that the request's wait is over; ``releases``: tell the prefill that we are
+    through.
     """
 
     state: Pull

@@ -1,7 +1,7 @@
 """Define what a prefill worker and a decode worker say to each other about a hand-over.
 
-Pure. msgspec tagged structs in msgpack behind one version byte; golden bytes in tests/unit/transfer. Grouped by receiver.
-A decode worker opens with Hello; everything else waits for its Welcome or Refused.
+Pure. msgspec tagged structs in msgpack behind one version byte; golden bytes in tests/unit/transfer. Grouped by
+receiver. A decode worker opens with Hello; everything else waits for its Welcome or Refused.
 """
 
 from __future__ import annotations

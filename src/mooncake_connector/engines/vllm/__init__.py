@@ -1,0 +1,1 @@
+"""Adapt vLLM 0.32 and newer."""
