@@ -34,7 +34,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--python", default=sys.executable, metavar="PATH",
                         help="Python interpreter that has vLLM (default: this one)")
     parser.add_argument("--output", default=".", metavar="DIR", help="where demo.json and demo.png go (default: here)")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="the engines' data type")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
+                        help="the engines' data type (default: auto, float32 where bfloat16 is slow)")
     parser.add_argument("--memory", default="1GiB", metavar="SIZE", help="memory of the store node (default: 1GiB)")
     parser.add_argument("--quick", action="store_true", help="fewer requests")
     parser.add_argument("--keep", action="store_true", help="leave everything running until Ctrl-C")

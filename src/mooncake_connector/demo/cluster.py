@@ -96,7 +96,18 @@ def probe_python(python: str) -> EnginePython:
     return found
 
 
-def engine_options(python: str, model: str, **options: object) -> EngineOptions:
+def choose_dtype(requested: str) -> str:
+    """Resolve ``auto``: float32 where the processor has no bfloat16 instructions.
+
+    Measured on an AVX2-only EPYC core, SmolLM2-135M: a 512-token prefill takes 19.6 s in bfloat16, 4.0 s in float32.
+    """
+    if requested != "auto":
+        return requested
+    flags = Path("/proc/cpuinfo").read_text()
+    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
+
+
+def engine_options(python: str, model: str, *, dtype: str = "auto", **options: object) -> EngineOptions:
     """Check an interpreter and a model folder and describe engines that use them.
 
     Raises:
@@ -112,7 +123,8 @@ def engine_options(python: str, model: str, **options: object) -> EngineOptions:
         if "site-packages" in source or found.missing:
             raise ConfigError(f"{python} lacks {', '.join(('our plugin', *found.missing))}", where="--python",
                               hint=f"{python} -m pip install mooncake-plugin")
-    return msgspec.convert({"python": python, "model": model, "source_path": source, **options}, EngineOptions)
+    return msgspec.convert({"python": python, "model": model, "source_path": source, "dtype": choose_dtype(dtype),
+                            **options}, EngineOptions)
 
 
 def engine_spec(name: str, port: int, *, options: EngineOptions, role: Role | None = None,
