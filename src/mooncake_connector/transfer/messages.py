@@ -143,6 +143,7 @@ def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[Message]) -> Message:
         raise RemoteProtocolError(f"hand-over wire version {data[:1].hex() or 'missing'}, ours is {WIRE_VERSION:02x}",
                                   hint="run the same plugin version on both engines")
     try:
-        return decoder.decode(memoryview(data)[1:])
+        message: Message = decoder.decode(memoryview(data)[1:])
     except (msgspec.MsgspecError, ValueError) as error:
         raise RemoteProtocolError(f"malformed hand-over message: {error}") from error
+    return message

@@ -23,6 +23,8 @@ TABLE: dict[str, MetricSpec] = {
 class MooncakeStats(KVConnectorStats):
     """Payload: ``{"counters": {sample: delta}, "gauges": {"rank": {sample: value}}}``."""
 
+    data: dict[str, Any]
+
     def reset(self) -> None:
         """Forget everything."""
         self.data = {"counters": {}, "gauges": {}}
