@@ -30,6 +30,7 @@ STORE_METRICS: dict[str, MetricSpec] = {
     "mooncake_segment_size_bytes": MetricSpec("gauge", "Size of our segment"),
     "mooncake_segment_blocks": MetricSpec("gauge", "Blocks in our segment"),
     "mooncake_segment_evictions_total": MetricSpec("counter", "Blocks evicted to make room"),
+    "mooncake_segment_dropped_total": MetricSpec("counter", "Blocks dropped because their bytes had changed"),
     "mooncake_put_blocks_total": MetricSpec("counter", "Blocks offered to our segment, by outcome", ("result",)),
     "mooncake_replicate_blocks_total": MetricSpec("counter", "Blocks offered to capacity nodes", ("result",)),
     "mooncake_directory_connected": MetricSpec("gauge", "1 while the directory's link is up"),

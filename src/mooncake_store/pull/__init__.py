@@ -1,0 +1,1 @@
+"""Get blocks from peers and let peers get ours: leases, sessions, pulls."""

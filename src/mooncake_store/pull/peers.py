@@ -1,0 +1,161 @@
+"""Know every peer: its idle links, how much we have outstanding with it, and whether to leave it alone for a while.
+
+Threading model: every method may be called from any thread. Links are closed outside the lock.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping
+
+from mooncake_store.pull.base import PeerAddress
+from mooncake_store.pull.link import PeerLink
+from mooncake_store.pull.planner import PeerFacts
+from mooncake_store.types import HostIdentity, NodeId
+
+LINKS_PER_PEER_MAX = 4
+BLAME_NS = 2_000_000_000
+IDLE_LINK_NS = 60_000_000_000
+BLAMED_MAX = 4096
+
+
+class _Peer:
+    """What we keep of one peer."""
+
+    __slots__ = ("blamed_until_ns", "idle", "num_links", "outstanding_bytes", "reason")
+
+    def __init__(self) -> None:
+        self.idle: list[tuple[int, PeerLink]] = []  # (since when, link), most recently used last
+        self.num_links = 0
+        self.outstanding_bytes = 0
+        self.blamed_until_ns = 0
+        self.reason = ""
+
+
+class Peers:
+    """All peers of one puller.
+
+    Args:
+        connect: makes a new link to a peer.
+        inflight_max_bytes: bound of the bytes asked for and not yet settled, over all peers and threads. One larger
+            batch passes when nothing else is in flight.
+    """
+
+    def __init__(self, connect: Callable[[PeerAddress], PeerLink], *, inflight_max_bytes: int) -> None:
+        self._connect = connect
+        self._inflight_max_bytes = inflight_max_bytes
+        self._peers: dict[NodeId, _Peer] = {}
+        self._inflight_bytes = 0
+        self._is_closed = False
+        self._changed = threading.Condition()
+
+    def facts(self, hosts: Mapping[NodeId, HostIdentity], own_host: HostIdentity,
+              now_ns: int) -> dict[NodeId, PeerFacts]:
+        """Return what the planner needs of these peers."""
+        facts: dict[NodeId, PeerFacts] = {}
+        with self._changed:
+            for node_id, host in hosts.items():
+                peer = self._peers.get(node_id)
+                if peer is None:
+                    facts[node_id] = PeerFacts(host == own_host, 0)
+                else:
+                    blocked = f"left alone after: {peer.reason}" if peer.blamed_until_ns > now_ns else ""
+                    facts[node_id] = PeerFacts(host == own_host, peer.outstanding_bytes, blocked)
+        return facts
+
+    def try_begin(self, address: PeerAddress, num_bytes: int) -> PeerLink | None:
+        """Take a link to a peer and book ``num_bytes``; None when either bound is reached now.
+
+        Raises:
+            zmq.ZMQError: the peer's address cannot be used.
+        """
+        dead: list[PeerLink] = []
+        try:
+            with self._changed:
+                return self._try_begin(address, num_bytes, dead)
+        finally:
+            for broken in dead:
+                broken.close()
+
+    def end(self, link: PeerLink, num_bytes: int, *, is_reusable: bool) -> None:
+        """Give a link back, or close it."""
+        node_id = link.peer.node_id
+        with self._changed:
+            peer = self._peers.setdefault(node_id, _Peer())
+            peer.outstanding_bytes -= num_bytes
+            self._inflight_bytes -= num_bytes
+            if is_reusable and not self._is_closed:
+                peer.idle.append((time.monotonic_ns(), link))
+            else:
+                peer.num_links -= 1
+                is_reusable = False
+            self._changed.notify_all()
+        if not is_reusable:
+            link.close()
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until a link or some bytes may have become free."""
+        with self._changed:
+            self._changed.wait(timeout_s)
+
+    def blame(self, node_id: NodeId, reason: str, now_ns: int) -> None:
+        """Leave a peer alone for two seconds."""
+        with self._changed:
+            peer = self._peers.setdefault(node_id, _Peer())
+            peer.blamed_until_ns = now_ns + BLAME_NS
+            peer.reason = reason[:200]
+
+    def sweep(self, alive: Collection[NodeId], now_ns: int) -> None:
+        """Close links to peers that left the cell and links idle for a minute; forget what is over."""
+        closing: list[PeerLink] = []
+        with self._changed:
+            for node_id, peer in list(self._peers.items()):
+                is_alive = node_id in alive
+                keep = [(since, link) for since, link in peer.idle if is_alive and now_ns - since < IDLE_LINK_NS]
+                closing += [link for since, link in peer.idle if (since, link) not in keep]
+                peer.num_links -= len(peer.idle) - len(keep)
+                peer.idle = keep
+                if not peer.num_links and peer.blamed_until_ns <= now_ns:
+                    del self._peers[node_id]
+        for link in closing:
+            link.close()
+
+    def _try_begin(self, address: PeerAddress, num_bytes: int, dead: list[PeerLink]) -> PeerLink | None:
+        is_over = self._inflight_bytes and self._inflight_bytes + num_bytes > self._inflight_max_bytes
+        if self._is_closed or is_over:
+            return None
+        peer = self._peers.setdefault(address.node_id, _Peer())
+        link: PeerLink | None = None
+        while peer.idle and link is None:
+            _, candidate = peer.idle.pop()
+            if candidate.lost_reason():
+                peer.num_links -= 1
+                dead.append(candidate)
+            else:
+                link = candidate
+        if link is None:
+            if peer.num_links >= LINKS_PER_PEER_MAX:
+                return None
+            link = self._connect(address)
+            peer.num_links += 1
+        peer.outstanding_bytes += num_bytes
+        self._inflight_bytes += num_bytes
+        return link
+
+    def num_links(self) -> int:
+        """Count the open links."""
+        with self._changed:
+            return sum(peer.num_links for peer in self._peers.values())
+
+    def close(self) -> None:
+        """Close idle links; those in use are closed when they come back. Idempotent."""
+        with self._changed:
+            self._is_closed = True
+            idle = [link for peer in self._peers.values() for _, link in peer.idle]
+            for peer in self._peers.values():
+                peer.num_links -= len(peer.idle)
+                peer.idle = []
+            self._changed.notify_all()
+        for link in idle:
+            link.close()

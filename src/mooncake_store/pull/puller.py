@@ -1,0 +1,153 @@
+"""Pull blocks from peers into our memory: drive sessions, move bytes, verify them, try the next replica once.
+
+Architecture::
+
+    Puller       one per process: peers, stale entries, what is tried and how often
+      └─ PullRound (round.py)   one plan carried out in the caller's thread, all its peers at the same time
+           └─ PeerLink -> PeerSession (pure) -> instructions
+
+Threading model: ``pull`` blocks its caller and may run in many threads at once; it needs no thread of its own.
+
+Failure model: a block that cannot be had in time is an outcome, never an exception.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+
+import zmq
+
+from mooncake_store.config import StoreConfig
+from mooncake_store.image import merge_adjacent
+from mooncake_store.metrics import Metrics
+from mooncake_store.pull.base import Cell, GetOutcome, PeerAddress, Pulled, Scatter
+from mooncake_store.pull.link import Attacher, PeerLink
+from mooncake_store.pull.peers import Peers
+from mooncake_store.pull.planner import PeerFacts, StaleEntries, Want, plan_pull
+from mooncake_store.pull.round import PullRound, Target
+from mooncake_store.pull.session import PeerSession
+from mooncake_store.pull.wire import Hello
+from mooncake_store.types import BlockKey, HostIdentity, NodeId
+
+ANSWER_TIMEOUT_NS = 1_000_000_000
+"""Longest wait for one answer of a peer; a stopped process costs this once, then it is left alone for a while."""
+
+STALE_NS = 2_000_000_000
+ROUNDS_MAX = 2
+MISS = Pulled(GetOutcome("miss", "", 0, "no replica"), 0, "")
+
+
+class Puller:
+    """Pulls blocks for one process.
+
+    Args:
+        context: ZeroMQ context to make sockets in; outlives the puller.
+        hello: what to say of ourselves; its request id is not used.
+        cell: who holds what.
+        media: what opens a peer's region.
+        config: timeouts and bounds.
+        metrics: where to count.
+    """
+
+    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], *, hello: Hello, cell: Cell, media: Attacher,
+                 config: StoreConfig, metrics: Metrics) -> None:
+        self._context = context
+        self._hello = hello
+        self._cell = cell
+        self._media = media
+        self._config = config
+        self._metrics = metrics
+        self._peers = Peers(self._connect, inflight_max_bytes=config.inflight_max_bytes)
+        self._stale = StaleEntries(lifetime_ns=STALE_NS)
+        self._stale_lock = threading.Lock()
+        self._closing = threading.Event()
+
+    def pull(self, keys: Sequence[BlockKey], targets: Sequence[Scatter], *, deadline_ns: int,
+             source: PeerAddress | None = None) -> list[Pulled]:
+        """Pull blocks; returns one result per key, in order.
+
+        Args:
+            keys: distinct or not; each is pulled for its own target.
+            targets: where each block goes; must stay mapped until this returns.
+            deadline_ns: CLOCK_MONOTONIC; also bounded by ``pull_timeout_s``.
+            source: ask this peer only, whatever the directory says.
+        """
+        now_ns = time.monotonic_ns()
+        deadline_ns = min(deadline_ns, now_ns + int(self._config.pull_timeout_s * 1e9))
+        goals = [_target(scatter) for scatter in targets]
+        addresses, holders = self._whereabouts(keys, source, now_ns)
+        results: list[Pulled] = [MISS] * len(keys)
+        tried: list[set[NodeId]] = [set() for _ in keys]
+        wants = [Want(position, key, goals[position].num_bytes) for position, key in enumerate(keys)]
+        for number in range(ROUNDS_MAX):
+            open_wants = [want for want in wants if results[want.position].outcome.result != "ok"]
+            candidates = [[node for node in holders[want.position] if node not in tried[want.position]]
+                          for want in open_wants]
+            if not any(candidates) or time.monotonic_ns() >= deadline_ns or self._closing.is_set():
+                break
+            plan = plan_pull(open_wants, candidates, self._facts(addresses),
+                             batch_max_bytes=max(1, self._config.inflight_max_bytes // 2))
+            if number == 0:
+                for position, reason in plan.unavailable:
+                    results[position] = Pulled(GetOutcome("miss", "", 0, reason), 0, "")
+            for batch in plan.batches:
+                for want in batch.wants:
+                    tried[want.position].add(batch.peer)
+            round_ = PullRound(self._peers, self._media, goals, deadline_ns=deadline_ns, metrics=self._metrics,
+                               is_verifying=self._config.checksum, closing=self._closing)
+            outcome = round_.run(plan.batches, addresses)
+            self._remember_stale(outcome.stale)
+            for position, pulled in outcome.pulled.items():
+                if number == 0 or pulled.outcome.result == "ok":
+                    results[position] = pulled
+        return results
+
+    def sweep(self) -> None:
+        """Close links to peers that left the cell; call about once a second."""
+        self._peers.sweep(self._cell.members().keys(), time.monotonic_ns())
+
+    def num_links(self) -> int:
+        """Count the open connections to peers."""
+        return self._peers.num_links()
+
+    def close(self) -> None:
+        """End running pulls within a tenth of a second and close idle links. Idempotent."""
+        self._closing.set()
+        self._peers.close()
+
+    def _connect(self, peer: PeerAddress) -> PeerLink:
+        hello = self._hello
+        session = PeerSession(peer, node_id=hello.node_id, host=hello.host, version=hello.version,
+                              lease_ttl_ms=max(1, int(self._config.lease_s * 1000)),
+                              answer_timeout_ns=ANSWER_TIMEOUT_NS)
+        return PeerLink(self._context, peer, session)
+
+    def _whereabouts(self, keys: Sequence[BlockKey], source: PeerAddress | None,
+                     now_ns: int) -> tuple[dict[NodeId, PeerAddress], list[list[NodeId]]]:
+        if source is not None:
+            return {source.node_id: source}, [[source.node_id] for _ in keys]
+        own = self._hello.node_id
+        addresses = {node_id: PeerAddress(node_id, member.control, member.host)
+                     for node_id, member in self._cell.members().items() if node_id != own}
+        located = self._cell.locate(keys)
+        with self._stale_lock:
+            holders = [[node for node in nodes if node in addresses and not self._stale.holds(node, key, now_ns)]
+                       for key, nodes in zip(keys, located, strict=True)]
+        return addresses, holders
+
+    def _facts(self, addresses: dict[NodeId, PeerAddress]) -> dict[NodeId, PeerFacts]:
+        hosts: dict[NodeId, HostIdentity] = {node_id: address.host for node_id, address in addresses.items()}
+        return self._peers.facts(hosts, self._hello.host, time.monotonic_ns())
+
+    def _remember_stale(self, entries: Sequence[tuple[NodeId, BlockKey]]) -> None:
+        now_ns = time.monotonic_ns()
+        with self._stale_lock:
+            for node_id, key in entries:
+                self._stale.add(node_id, key, now_ns)
+
+
+def _target(scatter: Scatter) -> Target:
+    runs = merge_adjacent(scatter.addresses.tolist(), scatter.lengths.tolist())
+    return Target(tuple(runs), sum(length for _, length in runs))
