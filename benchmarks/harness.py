@@ -18,7 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from mooncake_connector.demo.report import describe_machine, describe_versions, format_table  # noqa: E402
+from mooncake_connector.demo.report import describe_machine, describe_versions, format_table
 
 TOKEN_FIRST = 100
 TOKEN_LAST = 40_000

@@ -12,6 +12,7 @@ import statistics
 from typing import Any
 
 import harness
+
 from mooncake_connector.demo.client import Answer, complete, session
 from mooncake_connector.demo.cluster import engine_options, engine_spec, etcd_spec, probe_python
 from mooncake_connector.demo.processes import Supervisor, free_ports, stop_signals

@@ -15,8 +15,8 @@ import uuid
 from typing import Any
 
 import aiohttp
-
 import harness
+
 from mooncake_connector.demo.client import complete, introduce, post, session
 from mooncake_connector.demo.cluster import SERVED_NAME, Cell, engine_options, probe_python
 from mooncake_connector.demo.processes import Supervisor, cpu_seconds, stop_signals

@@ -1,7 +1,8 @@
 """What a hand-over costs the user: decode's first token minus the prefill's completion, beside a lone decode step.
 
 Two pairs of engines run side by side: ours, where each request chooses to publish per layer or per step, and vLLM's own
-MooncakeConnector over TCP (started on a CPU by ``intree_cpu``). Modes alternate, so drift of the machine hits all alike.
+MooncakeConnector over TCP (started on a CPU by ``intree_cpu``; it needs the engine environment to have
+mooncake-transfer-engine-non-cuda and the system libibverbs1). Modes alternate, so drift of the machine hits all alike.
 Both legs are sent at the same moment, straight to the engines. The lone step is the median time between later tokens on
 our decode engine, at that context, with everything else idle. Negative = the token came before the prefill's answer.
 """
@@ -11,16 +12,17 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
+import subprocess
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+import harness
 import msgspec
 
-import harness
 from mooncake_connector.demo.client import Handoff, hand_over, introduce, session
-from mooncake_connector.demo.cluster import EngineOptions, Cell, engine_options, engine_spec, probe_python
+from mooncake_connector.demo.cluster import Cell, EngineOptions, engine_options, engine_spec, probe_python
 from mooncake_connector.demo.processes import Supervisor, free_ports, stop_signals
 
 LENGTHS = (64, 512, 2048, 4096, 6144)
@@ -47,8 +49,8 @@ def main() -> None:
         cell.start(has_router=False)
         rows = asyncio.run(measure(cell, intree, modes, args))
     harness.publish(args, rows, title="Exposed hand-over in ms, medians (min..max)", notes=[
-        f"prefill and decode in {options.dtype}; prefill chunk {options.chunk_tokens} tokens; goal: step <= lone step + 25 "
-        "at every length, layer <= 40 from 2,048 on"], vllm=probe_python(args.python).vllm)
+        f"{options.dtype}; prefill chunk {options.chunk_tokens} tokens; goal: step <= lone step + 25 at every length, "
+        "layer <= 40 from 2,048 on"], vllm=probe_python(args.python).vllm)
 
 
 class IntreePair:
@@ -60,7 +62,9 @@ class IntreePair:
         self.prefill_url, self.decode_url = (f"http://127.0.0.1:{port}" for port in ports)
         patched = msgspec.structs.replace(options, source_path="", environment={
             "PYTHONPATH": str(Path(__file__).with_name("intree_cpu")), "VLLM_MOONCAKE_BOOTSTRAP_PORT": str(bootstrap)})
-        for name, port, role in (("intree-prefill", ports[0], "kv_producer"), ("intree-decode", ports[1], "kv_consumer")):
+        engine_works(options.python)
+        for name, port, role in (("intree-prefill", ports[0], "kv_producer"),
+                                 ("intree-decode", ports[1], "kv_consumer")):
             supervisor.start(engine_spec(name, port, options=patched, transfer_config={
                 "kv_connector": "MooncakeConnector", "kv_role": role,
                 "kv_connector_extra_config": {"mooncake_protocol": "tcp"}}))
@@ -70,6 +74,16 @@ class IntreePair:
         with urllib.request.urlopen(f"{self.bootstrap_url}/query", timeout=10) as answer:
             engine_id = msgspec.json.decode(answer.read())["0"]["engine_id"]
         return {"remote_bootstrap_addr": self.bootstrap_url, "remote_engine_id": engine_id}
+
+
+def engine_works(python: str) -> None:
+    """End with a clear message when the in-tree connector's own engine cannot be imported."""
+    found = subprocess.run([python, "-c", "import mooncake.engine"], capture_output=True, text=True, timeout=60,
+                           check=False)
+    if found.returncode:
+        raise SystemExit(f"the in-tree connector cannot run: {(found.stderr.splitlines() or ['?'])[-1]}\n"
+                         f"  do: {python} -m pip install mooncake-transfer-engine-non-cuda; apt install libibverbs1; "
+                         "or --modes layer,step")
 
 
 async def measure(cell: Cell, intree: IntreePair | None, modes: tuple[str, ...], args: Any) -> list[dict[str, Any]]:

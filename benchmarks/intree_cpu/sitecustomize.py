@@ -15,6 +15,7 @@ class AcceleratorFinder(importlib.abc.MetaPathFinder):
     """Loads ``torch.accelerator`` as usual, then replaces the two functions that need a device."""
 
     def find_spec(self, name, path=None, target=None):
+        """Return the module's usual spec with a loader that patches it."""
         if name != TARGET:
             return None
         sys.meta_path.remove(self)

@@ -209,18 +209,24 @@ class Cell:
             f"http://127.0.0.1:{port}" for port in (self.prefill_port, self.decode_port, self.router_port))
         self._placement = f"tcp://127.0.0.1:{placement_port}"
         self._memory = memory
-        self._connector = {"directory": self.directory, **(connector or {})}
+        self._connector: dict[str, object] = {"directory": self.directory, **(connector or {})}
 
-    def start(self, *, has_router: bool = True) -> None:
-        """Start everything and wait until it answers.
+    def use_directory(self, directory: str) -> None:
+        """Join another cell's directory; call before :meth:`start` with ``has_directory=False``."""
+        self.directory = directory
+        self._connector["directory"] = directory
+
+    def start(self, *, has_router: bool = True, has_directory: bool = True) -> None:
+        """Start everything and wait until it answers; without ``has_directory``, no etcd and no store node.
 
         Raises:
             ProcessFailed: naming the process that did not start, with the end of its log.
         """
         start = self.supervisor.start
-        start(etcd_spec(self.etcd_port, self.supervisor.run_dir / "etcd"))
-        self.supervisor.wait_ready(["etcd"])
-        if self._memory:
+        if has_directory:
+            start(etcd_spec(self.etcd_port, self.supervisor.run_dir / "etcd"))
+            self.supervisor.wait_ready(["etcd"])
+        if has_directory and self._memory:
             start(store_spec("store", directory=self.directory, memory=self._memory))
         start(self.engine("prefill", "kv_producer"))
         start(self.engine("decode", "kv_consumer"))
