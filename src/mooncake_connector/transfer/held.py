@@ -192,8 +192,13 @@ class HeldTransfers:
             if transfer.state is Held.GONE:
                 if transfer.deadline_ns <= now_ns:
                     self._forget(transfer)
-            elif transfer.state is Held.HELD and transfer.deadline_ns <= now_ns or (transfer.state is Held.WANTED and idle_since_ns is not None
-                  and max(transfer.deadline_ns, idle_since_ns + self._lease_ns // 2) <= now_ns):
+                continue
+            deadline_ns = transfer.deadline_ns
+            if transfer.state is Held.WANTED and idle_since_ns is not None:
+                deadline_ns = max(deadline_ns, idle_since_ns + self._lease_ns // 2)
+            elif transfer.state is not Held.HELD:
+                continue
+            if deadline_ns <= now_ns:
                 ended.append(transfer)
         return self._each(ended, HeldEvent.EXPIRED, now_ns, "the lease ended")
 

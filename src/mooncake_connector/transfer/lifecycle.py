@@ -7,8 +7,8 @@ any order: the decode worker's Done, and the engine saying that the request fini
 there, or when the lease ends. The engine must be told exactly once that it may free (REPORT): it asserts on a second
 time.
 
-A transfer at the decode side moves ANNOUNCED -> WAITING -> READING -> ENDED or FAILED. The engine must be told exactly once per
-parked request, also when the request was cancelled meanwhile.
+A transfer at the decode side moves ANNOUNCED -> WAITING -> READING -> ENDED or FAILED. The
+engine must be told exactly once per parked request, also when the request was cancelled meanwhile.
 """
 
 from __future__ import annotations

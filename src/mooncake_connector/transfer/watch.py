@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from typing import NamedTuple
 
 import zmq
@@ -25,6 +26,7 @@ class Watch:
     def __init__(self, socket: zmq.Socket[bytes]) -> None:
         self._socket = socket
         self._bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(self._bell, zmq.POLLIN)
@@ -32,8 +34,10 @@ class Watch:
 
     def ring(self) -> None:
         """Make ``wait`` return. Never blocks."""
-        with contextlib.suppress(OSError):  # closed, or rung 2^64 times: either way nobody needs waking
-            os.eventfd_write(self._bell, 1)
+        with self._lock:  # a closed descriptor's number may be somebody else's by now
+            if self._bell >= 0:
+                with contextlib.suppress(BlockingIOError):  # rung 2^64 times: it will wake
+                    os.eventfd_write(self._bell, 1)
 
     def watch_pid(self, pid: int) -> bool:
         """Watch a process of this pid namespace; False when it is already gone."""
@@ -51,7 +55,7 @@ class Watch:
         """Wait for something, at most ``timeout_ms``."""
         try:
             ready = dict(self._poller.poll(timeout_ms))
-        except (OSError, InterruptedError):
+        except OSError:  # interrupted by a signal
             return Events(False, [])
         if self._bell in ready:
             with contextlib.suppress(BlockingIOError):
@@ -68,6 +72,7 @@ class Watch:
         for pidfd in self._pids:
             os.close(pidfd)
         self._pids.clear()
-        if self._bell >= 0:
-            os.close(self._bell)
-            self._bell = -1
+        with self._lock:
+            if self._bell >= 0:
+                os.close(self._bell)
+                self._bell = -1
