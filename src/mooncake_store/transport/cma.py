@@ -1,7 +1,7 @@
 """Read a peer's memory on the same host with process_vm_readv(2).
 
-Nothing is shared beforehand and no code runs on the owner's side. For memory that is not a memfd, such as an engine's KV cache. The kernel copies once, straight from the owner's pages to
-ours, up to 1,024 ranges per call.
+Nothing is shared beforehand and no code runs on the owner's side. For memory that is not a memfd, such as an engine's
+KV cache. The kernel copies once, straight from the owner's pages to ours, up to 1,024 ranges per call.
 
 Who may read whom is the kernel's ptrace rule (PTRACE_MODE_ATTACH_REALCREDS): same user and dumpable, or
 CAP_SYS_PTRACE, and both see each other's pids. Under Yama's ptrace_scope=1 the owner must allow it, which ``serve``

@@ -114,3 +114,11 @@ def receive_ranges(fd: int, ranges: npt.NDArray[Any]) -> int:
     if count < 0:
         raise _fail()
     return int(count)
+
+
+def address_space() -> memoryview:
+    """View the whole address space of this process: ``view[address:address + length]`` is memory, unchecked.
+
+    A slice costs 0.4 us; a ctypes array per range costs twice that.
+    """
+    return memoryview((ctypes.c_char * (1 << 47)).from_address(0)).cast("B")

@@ -33,6 +33,7 @@ from mooncake_store.transport.loopback import LoopbackTransport
 from mooncake_store.transport.memory import host_identity
 from mooncake_store.transport.select import Choice, NoMedium, choose
 from mooncake_store.transport.shm import ShmTransport
+from mooncake_store.transport.tcp import TcpTransport
 from mooncake_store.types import HostIdentity
 
 logger = logging.getLogger(__name__)
@@ -52,8 +53,8 @@ class ProbedTransport(Transport, Protocol):
 TRANSPORTS: dict[str, Callable[[str], ProbedTransport]] = {
     "shm": lambda host: ShmTransport(),
     "cma": lambda host: CmaTransport(),
+    "tcp": TcpTransport,
 }
-_COMING = ("tcp",)
 """How to make each medium, given the address to bind."""
 
 
@@ -72,11 +73,11 @@ class Media:
     """
 
     def __init__(self, *, allowed: Sequence[str], host: str = "127.0.0.1", metrics: Metrics) -> None:
-        unknown = [medium for medium in allowed if medium not in TRANSPORTS and medium not in _COMING]
+        unknown = [medium for medium in allowed if medium not in TRANSPORTS]
         if unknown:
             raise ConfigError(f"unknown medium {', '.join(unknown)}", where="$.media",
                               hint=f"choose from {', '.join(TRANSPORTS)}")
-        made = {medium: TRANSPORTS[medium](host) for medium in dict.fromkeys(allowed) if medium in TRANSPORTS}
+        made = {medium: TRANSPORTS[medium](host) for medium in dict.fromkeys(allowed)}
         self._start(made, metrics, COOL_DOWN_S)
 
     @classmethod

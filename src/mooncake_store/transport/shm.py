@@ -205,6 +205,8 @@ class _FdServer:
             try:
                 while self._turn(selector):
                     pass
+            except Exception:
+                logger.exception("the shm server stopped")
             finally:
                 for connection in [*self._waiting, self._listener, self._wake_read]:
                     connection.close()

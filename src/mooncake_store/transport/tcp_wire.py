@@ -1,0 +1,126 @@
+"""Lay out the frames of the tcp medium. Pure.
+
+::
+
+    request   header(24) | count x (offset u64, length u64)
+    response  header(24) | the bytes of every read, in order | count x crc32 u32, when the request asked for them
+
+A connection carries any number of request frames, answered in order. ``count`` 0 asks only whether the region is
+served. A refusal is a response header without bytes; the reader drops the connection after one. Little-endian.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from mooncake_store.errors import RemoteProtocolError
+
+MAGIC = b"MTCP"
+VERSION = 1
+FRAME_READS_MAX = 1024
+FRAME_MAX_BYTES = 4 << 20
+"""Bytes of one response. Also the longest read: longer ones are cut before they get here."""
+
+HEADER = struct.Struct("<4sHHIIQ")
+HEADER_BYTES = HEADER.size
+READ_BYTES = 16
+CRC_BYTES = 4
+REQUEST_MAX_BYTES = HEADER_BYTES + READ_BYTES * FRAME_READS_MAX
+
+WANT_CRC = 1
+OK, UNKNOWN_REGION, OUT_OF_BOUNDS, BAD_REQUEST, BUSY = range(5)
+STATUS_TEXT = {
+    UNKNOWN_REGION: "the owner does not serve this region (any more)",
+    OUT_OF_BOUNDS: "the owner says the read is outside the region",
+    BAD_REQUEST: "the owner could not understand the request",
+    BUSY: "the owner has too many connections",
+}
+
+
+class Request(NamedTuple):
+    """A request header. ``flags``: WANT_CRC or 0."""
+
+    flags: int
+    frame_id: int
+    num_reads: int
+    region_id: int
+
+
+class Response(NamedTuple):
+    """A response header. ``num_bytes``: bytes of data that follow, without the checksums."""
+
+    status: int
+    frame_id: int
+    num_reads: int
+    num_bytes: int
+
+
+def pack_request(request: Request, reads: npt.NDArray[np.uint64]) -> bytes:
+    """Encode a request; ``reads`` is uint64 [count, 2] of (offset, length)."""
+    header = HEADER.pack(MAGIC, VERSION, request.flags, request.frame_id, request.num_reads, request.region_id)
+    return header + reads.astype("<u8", copy=False).tobytes()
+
+
+def unpack_request(data: bytes) -> Request:
+    """Decode a request header.
+
+    Raises:
+        RemoteProtocolError: not our protocol, another version, unknown flags, or more reads than a frame may hold.
+    """
+    flags, frame_id, count, region_id = _unpack(data)
+    if flags & ~WANT_CRC:
+        raise RemoteProtocolError(f"unknown flags {flags:#x} in a tcp request")
+    if count > FRAME_READS_MAX:
+        raise RemoteProtocolError(f"tcp request has {count} reads, more than {FRAME_READS_MAX}")
+    return Request(flags, frame_id, count, region_id)
+
+
+def pack_response(response: Response) -> bytes:
+    """Encode a response header."""
+    return HEADER.pack(MAGIC, VERSION, response.status, response.frame_id, response.num_reads, response.num_bytes)
+
+
+def unpack_response(data: bytes) -> Response:
+    """Decode a response header.
+
+    Raises:
+        RemoteProtocolError: not our protocol, or another version.
+    """
+    return Response(*_unpack(data))
+
+
+def check_reads(reads: npt.NDArray[np.uint64], region_size_bytes: int) -> int:
+    """Return OK, or the status that refuses these reads (uint64 [count, 2] of offset, length)."""
+    offsets, lengths = reads[:, 0], reads[:, 1]
+    if bool((lengths == 0).any()) or bool((lengths > FRAME_MAX_BYTES).any()):
+        return BAD_REQUEST
+    if int(lengths.sum()) > FRAME_MAX_BYTES:  # at most 1,024 x 4 MiB: cannot overflow
+        return BAD_REQUEST
+    if bool((lengths > region_size_bytes).any()) or bool((offsets > np.uint64(region_size_bytes) - lengths).any()):
+        return OUT_OF_BOUNDS
+    return OK
+
+
+def checksums(space: memoryview, addresses: npt.NDArray[np.uint64],
+              lengths: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+    """Return the crc32 of each range of our memory, uint32 [n]; without the GIL for ranges above 5 KiB.
+
+    ``space`` is the view of the address space that ``libc.address_space`` gives.
+    """
+    crc32 = zlib.crc32
+    pairs = zip(addresses.tolist(), lengths.tolist(), strict=True)
+    return np.fromiter((crc32(space[address:address + length]) for address, length in pairs), np.uint32, len(lengths))
+
+
+def _unpack(data: bytes) -> tuple[int, int, int, int]:
+    magic, version, word, frame_id, count, last = HEADER.unpack(data)
+    if magic != MAGIC:
+        raise RemoteProtocolError(f"not a mooncake tcp frame: starts with {magic!r}")
+    if version != VERSION:
+        raise RemoteProtocolError(f"peer speaks tcp version {version}, we speak {VERSION}")
+    return word, frame_id, count, last
