@@ -74,6 +74,7 @@ class Proxy:
         self.port = self._listener.getsockname()[1]
         self._is_cut = False
         self._pairs = []
+        self._relays = []
         threading.Thread(target=self._accept, daemon=True).start()
 
     @property
@@ -82,11 +83,14 @@ class Proxy:
 
     def cut(self):
         self._is_cut = True
-        for pair in self._pairs:
-            for end in pair:
-                with _ignoring_os_errors():
-                    end.shutdown(socket.SHUT_RDWR)
-        self._pairs.clear()
+        pairs, self._pairs = self._pairs, []
+        for end in (end for pair in pairs for end in pair):
+            with _ignoring_os_errors():
+                end.shutdown(socket.SHUT_RDWR)
+        for thread in self._relays:
+            thread.join(5.0)
+        for end in (end for pair in pairs for end in pair):
+            end.close()
 
     def mend(self):
         self._is_cut = False
@@ -105,7 +109,9 @@ class Proxy:
                 far = socket.create_connection(("127.0.0.1", self._target_port))
                 self._pairs.append((near, far))
                 for source, target in ((near, far), (far, near)):
-                    threading.Thread(target=self._relay, args=(source, target), daemon=True).start()
+                    relay = threading.Thread(target=self._relay, args=(source, target), daemon=True)
+                    self._relays.append(relay)
+                    relay.start()
 
     def _relay(self, source, target):
         with _ignoring_os_errors():
@@ -479,8 +485,8 @@ def test_entries_deleted_by_hand_are_written_again(server, opener, rpc):
     assert wait_until(lambda: reader.match(KEYS) < 1_000, REACTION_S)
     assert wait_until(lambda: reader.match(KEYS) == 1_000, REACTION_S)
     everything = [entry.path for entries, _ in rpc.list_range(paths.root, paths.root_end) for entry in entries]
-    rpc.commit([Write(path, None) for path in everything], 0)
-    assert wait_until(lambda: not reader.members(), REACTION_S)
+    revision = rpc.commit([Write(path, None) for path in everything], 0)
+    assert reader.wait_revision(revision + 1, REACTION_S)
     assert wait_until(lambda: set(reader.members()) == {"a"} and reader.match(KEYS) == 1_000, REACTION_S)
     assert synced(writer, reader)
 
@@ -514,15 +520,38 @@ def _command_line(pid):
         return b""
 
 
-def test_a_taken_port_is_reported_with_the_log(tmp_path, server):
+def test_a_taken_port_is_refused(tmp_path, server):
     second = EtcdServer(tmp_path / "second", server.port)
-    begin = time.monotonic()
     with pytest.raises(DirectoryUnavailable) as raised:
         second.start(timeout_s=10.0)
-    assert time.monotonic() - begin < 8.0
-    assert "address already in use" in str(raised.value)
-    assert str(server.port) in str(raised.value) and "etcd.log" in str(raised.value)
+    assert f"port {server.port} is in use" in str(raised.value)
     assert second.pid == 0
+
+
+def test_an_etcd_that_ends_at_start_is_reported_with_its_log(tmp_path):
+    (tmp_path / "data").write_text("not a directory")
+    server = EtcdServer(tmp_path)
+    begin = time.monotonic()
+    with pytest.raises(DirectoryUnavailable) as raised:
+        server.start(timeout_s=10.0)
+    assert time.monotonic() - begin < 8.0
+    assert "ended at start" in str(raised.value) and "etcd.log" in str(raised.value)
+    assert "not a directory" in str(raised.value)
+    assert server.pid == 0
+
+
+def test_a_server_that_does_not_answer_is_stopped_at_the_deadline(tmp_path, monkeypatch):
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexec sleep 60\n")
+    silent.chmod(0o755)
+    monkeypatch.setattr("mooncake_store.directory.server.find_etcd_binary", lambda: silent)
+    server = EtcdServer(tmp_path / "data", fsync=True)
+    begin = time.monotonic()
+    with pytest.raises(DirectoryUnavailable) as raised:
+        server.start(timeout_s=1.0)
+    assert 1.0 <= time.monotonic() - begin < 5.0
+    assert "did not answer within 1 s" in str(raised.value)
+    assert server.pid == 0
 
 
 def test_start_and_stop_are_idempotent(tmp_path):

@@ -107,7 +107,8 @@ class EtcdServer:
 
         Raises:
             EtcdBinaryMissing: there is none.
-            DirectoryUnavailable: it ended, or did not answer in time; the message carries the end of its log.
+            DirectoryUnavailable: a port is taken, etcd ended, or it did not answer in time; the message carries the
+                end of its log.
         """
         if self.pid:
             return
@@ -116,6 +117,13 @@ class EtcdServer:
         for attempt in range(1, START_ATTEMPTS + 1):
             is_port_ours = not (self.port and self._peer_port)
             port, peer_port = self.port or _free_port(), self._peer_port or _free_port()
+            # Whoever already listens there would answer our health check.
+            for taken in (taken for taken in (port, peer_port) if not _is_free(taken)):
+                raise DirectoryUnavailable(
+                    f"cannot start etcd: port {taken} is in use",
+                    where=f"127.0.0.1:{taken}",
+                    hint="if that is an etcd, use it; else choose another port",
+                )
             self._spawn(binary, port, peer_port)
             if self._wait_healthy(port, deadline):
                 self.port, self._peer_port = port, peer_port
@@ -237,6 +245,16 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _answers_health(port: int) -> bool:
