@@ -66,6 +66,7 @@ class Fleet:
         self.shared = shared
         self.lone_url = f"http://127.0.0.1:{self.cell.spare_port}"
         self.status: CellStatus | None = None
+        self.verified: dict[str, float] = {}
         if shared:
             self.cell.use_directory(shared.cell.directory)
 
