@@ -41,6 +41,7 @@ RejectReason = Literal[
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@+~-]*")
 _PAGE_HEX_CHARS = 8
+_PAGE_HEX = re.compile(rb"[0-9a-f]{8}")
 _VERSION_BYTE = bytes([VALUE_VERSION])
 
 
@@ -156,13 +157,9 @@ class CellPaths:
         if path.startswith(self._page):
             node, _, page = path[len(self._page) :].rpartition(b"/")
             name = _ascii_name(node)
-            if name is None or len(page) != _PAGE_HEX_CHARS:
+            if name is None or not _PAGE_HEX.fullmatch(page):
                 return None
-            try:
-                number = int(page, 16)
-            except ValueError:
-                return None
-            return PagePath(name, number) if page == b"%08x" % number else None
+            return PagePath(name, int(page, 16))
         if path.startswith(self._member):
             return _ascii_name(path[len(self._member) :])
         return None
