@@ -1,6 +1,6 @@
-"""Install the built wheel with plain pip beside an untouched vLLM and turn it on by flags alone, in every documented way.
+"""Install the wheel with plain pip beside an untouched vLLM and turn it on by flags alone, in every documented way.
 
-The environment is a new venv that sees the engine's packages through a .pth file, so pip works as usual and the engine's
+The environment is a new venv that sees the engine's packages through a .pth file: pip works as usual and the engine's
 own environment stays as it is.
 """
 

@@ -87,7 +87,7 @@ def _play(cell: Cell, args: argparse.Namespace, began: float) -> reports.Report:
         _say("restarting the prefill engine: its own cache is gone, the pool is not")
         cell.supervisor.restart("prefill")
         scenes.append(asyncio.run(_with_session(stage.play_again)))
-        media = describe_media(status.ask())
+        media = describe_media(status.ask(), [child.log_path for child in cell.supervisor.children.values()])
     versions = reports.describe_versions(vllm=probe_python(args.python).vllm)
     return reports.Report(machine=reports.describe_machine(), versions=versions, model=args.model, media=media,
                           seconds=time.monotonic() - began, rows=scenes, handoff=handoff)
