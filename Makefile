@@ -1,0 +1,67 @@
+# Every verb works alone on a fresh Debian/Ubuntu machine with Python 3.11+ and make; what it builds is reused next time.
+#
+#   make demo                        two real vLLM servers share KV cache through etcd, a store node and the router
+#   make test                        everything: check, unit, property, contract, engine and end-to-end tests
+#   make check                       ruff, mypy, import-linter and the house rules; seconds
+#
+# PYTHON=python3.12   the interpreter that the environments are made with
+# VLLM_VENV=DIR       use this environment with vLLM as it is, instead of building .venv-vllm
+# MODEL=DIR           use this Hugging Face model folder, instead of converting one
+# ARGS="..."          further arguments for demo, bench and the pytest verbs
+
+PYTHON    ?= python3
+VENV      := .venv
+VLLM_VENV ?= .venv-vllm
+MODEL     ?= .cache/models/smollm2
+ARGS      ?=
+
+export VLLM_VENV := $(abspath $(VLLM_VENV))
+export MODEL := $(abspath $(MODEL))
+
+MAKE_ENV := $(PYTHON) tests/environment/make_env.py --venv $(VENV) --vllm-venv $(VLLM_VENV) --model $(MODEL)
+BIN      := $(VENV)/bin
+PYTEST   := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-unit test-engine test-e2e bench check docs env env-base clean
+# The verbs share two cores and one set of environments; one at a time.
+.NOTPARALLEL:
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: env ## split prefill from decode and pool the cache, on real text (ARGS="--keep" leaves it running)
+	$(BIN)/mooncake demo --engine-python $(VLLM_VENV)/bin/python --model $(MODEL) $(ARGS)
+
+test: check test-unit test-engine test-e2e ## every test there is, cheapest first
+
+test-unit: env-base ## unit, property and contract tests: no engine, no model
+	$(PYTEST) tests/unit tests/property tests/contract $(ARGS)
+
+test-engine: env ## tests against a real vLLM, in its environment
+	$(VLLM_VENV)/bin/python -m pytest tests/engine $(ARGS)
+
+test-e2e: env ## tests on the real processes: servers, router, etcd, store node
+	$(PYTEST) tests/e2e $(ARGS)
+
+bench: env ## run every benchmark (ARGS="--quick" for a short run); writes out/*.json
+	$(BIN)/python tests/environment/run_benchmarks.py --out out $(ARGS)
+
+check: env-base ## ruff, mypy, import-linter, house rules
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --cache-dir .import_linter_cache --no-logo
+	$(PYTEST) -q tests/test_house_rules.py
+
+docs: env-base ## check links and commands in the documentation, and refresh the generated pages
+	$(BIN)/python tests/environment/check_docs.py --write
+
+env-base: ## build or reuse .venv: this package and the test tools
+	@command -v $(firstword $(PYTHON)) >/dev/null || { echo "$(PYTHON) is not on PATH: apt install python3 python3-venv" >&2; exit 1; }
+	@$(MAKE_ENV) base
+
+env: env-base ## build or reuse .venv-vllm and the model too (some 4 GB, minutes the first time)
+	@$(MAKE_ENV) vllm model
+
+clean: ## delete the environments, the model and every cache
+	rm -rf .venv .venv-vllm .cache build dist out demo.json demo.png .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
