@@ -29,18 +29,18 @@ OUTPUT_TOKENS = 16
 
 def engine_python() -> str:
     """Return the interpreter that has vLLM; skips the test where there is none."""
-    for path in (os.environ.get("MOONCAKE_TEST_PYTHON"), ROOT / ".venv-vllm" / "bin" / "python"):
-        if path and Path(path).is_file():
-            return str(path)
-    pytest.skip("no vLLM: run `make test-engine`, or set MOONCAKE_TEST_PYTHON")
+    path = Path(os.environ.get("VLLM_VENV") or ROOT / ".venv-vllm") / "bin" / "python"
+    if path.is_file():
+        return str(path)
+    pytest.skip("no vLLM: run `make test-engine`, or set VLLM_VENV to an environment that has it")
 
 
 def model_folder() -> str:
     """Return the model's folder; skips the test where there is none."""
-    for path in (os.environ.get("MOONCAKE_TEST_MODEL"), *ROOT.glob(".cache/*/smollm2*"), ROOT / ".cache" / "smollm2"):
-        if path and Path(path, "config.json").is_file():
-            return str(path)
-    pytest.skip("no model: run `make test-engine`, or set MOONCAKE_TEST_MODEL")
+    path = Path(os.environ.get("MODEL") or ROOT / ".cache" / "models" / "smollm2")
+    if (path / "config.json").is_file():
+        return str(path)
+    pytest.skip("no model: run `make test-engine`, or set MODEL to its folder")
 
 
 def options(dtype: str, **more: Any) -> EngineOptions:

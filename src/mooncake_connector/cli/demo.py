@@ -31,7 +31,7 @@ def add_parser(subparsers: Any) -> None:
                                    description="Start etcd, a store node, a prefill and a decode engine and a router; "
                                                "ask questions; print where the tokens came from; stop everything.")
     parser.add_argument("--model", default="", metavar="DIR", help="Hugging Face model folder (`make demo` makes one)")
-    parser.add_argument("--python", default=sys.executable, metavar="PATH",
+    parser.add_argument("--python", "--engine-python", default=sys.executable, metavar="PATH",
                         help="Python interpreter that has vLLM (default: this one)")
     parser.add_argument("--output", default=".", metavar="DIR", help="where demo.json and demo.png go (default: here)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
