@@ -1,0 +1,100 @@
+"""The wire: golden bytes, round trips, and garbage that must be rejected with a reason."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mooncake_store.errors import LocalProtocolError
+from mooncake_store.pull import wire
+from mooncake_store.transport.base import CmaOffer, RegionDescriptor, ShmOffer, TcpOffer
+from mooncake_store.types import HostIdentity
+
+HOST = HostIdentity("boot", 7)
+REGION = RegionDescriptor(5, 4096, HOST, (ShmOffer("sock"), CmaOffer(1, 2, 3, 4), TcpOffer("h", 9)))
+
+# These bytes are what every released version speaks: changing one means a new WIRE_VERSION.
+GOLDEN = [
+    (wire.Hello(1, "n", HOST, "0.1"), "0195a568656c6c6f01a16e92a4626f6f7407a3302e31"),
+    (wire.Welcome(1, "n", HOST, "0.1", None), "0196a777656c636f6d6501a16e92a4626f6f7407a3302e31c0"),
+    (wire.Acquire(2, (b"k", b"l"), 5000), "0194a7616371756972650292c4016bc4016ccd1388"),
+    (wire.Granted(2, 3, 5000, (wire.BlockEntry(4096, 10, 99), None)),
+     "0195a76772616e7465640203cd13889293cd10000a63c0"),
+    (wire.Denied(2, "busy"), "0194a664656e69656402a462757379a0"),
+    (wire.Renew(3, 3, 5000), "0194a572656e65770303cd1388"),
+    (wire.Renewed(3, 3, 5000), "0194a772656e657765640303cd1388"),
+    (wire.Release(3), "0192a772656c6561736503"),
+    (wire.Report(b"k", 1), "0193a67265706f7274c4016b01"),
+    (wire.Offer(4, "n", "tcp://h:1", HOST, (b"k",), (10,)), "0197a56f6666657204a16ea97463703a2f2f683a3192a4626f6f740791c4016b910a"),
+    (wire.Accepted(4, 1, 0), "0194a86163636570746564040100"),
+    (wire.StatusRequest(5), "0192a77374617475733f05"),
+    (wire.StatusReply(5, {"m": 1.0}, {"a": "b"}), "0194a67374617475730581a16dcb3ff000000000000081a161a162"),
+]
+
+
+@pytest.mark.parametrize(("message", "golden"), GOLDEN, ids=lambda value: type(value).__name__)
+def test_golden_bytes(message, golden):
+    assert wire.encode(message).hex() == golden
+    assert wire.decode(bytes.fromhex(golden)) == message
+
+
+def test_every_message_has_golden_bytes():
+    assert {type(message) for message, _ in GOLDEN} == set(wire.Message.__args__)
+
+
+def test_a_welcome_carries_every_kind_of_offer():
+    message = wire.Welcome(1, "n", HOST, "0.1", REGION)
+    assert wire.decode(wire.encode(message)) == message
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.binary(max_size=200))
+def test_garbage_is_rejected_with_a_reason_and_nothing_else(data):
+    try:
+        wire.decode(data)
+    except wire.WireError as error:
+        assert error.reason in {"empty", "version", "malformed"} and error.message
+
+
+@settings(max_examples=300, deadline=None)
+@given(which=st.integers(0, len(GOLDEN) - 1), position=st.integers(0, 60), value=st.integers(0, 255),
+       cut=st.integers(0, 60))
+def test_damaged_messages_are_rejected_or_still_within_bounds(which, position, value, cut):
+    data = bytearray(bytes.fromhex(GOLDEN[which][1]))
+    data[position % len(data)] = value
+    for damaged in (bytes(data), bytes(data[:cut])):
+        try:
+            message = wire.decode(damaged)
+        except wire.WireError as error:
+            assert error.reason in {"empty", "version", "malformed"}
+        else:
+            assert len(wire.encode(message)) <= wire.MESSAGE_MAX_BYTES
+            assert all(length > 0 for length in getattr(message, "lengths", ()))
+
+
+@pytest.mark.parametrize(("data", "reason"), [
+    (b"", "empty"),
+    (b"\x02" + wire.encode(wire.Release(1))[1:], "version"),
+    (b"\x01" + bytes(wire.MESSAGE_MAX_BYTES), "too_large"),
+    (wire.encode(wire.Release(1)) + b"\0", "malformed"),
+    (b"\x01" + msgspec.msgpack.encode(["release", -1]), "malformed"),
+    (b"\x01" + msgspec.msgpack.encode(["release", 1, 2]), "malformed"),
+    (b"\x01" + msgspec.msgpack.encode(["acquire", 1, [], 5]), "malformed"),
+    (b"\x01" + msgspec.msgpack.encode(["acquire", 1, [b"k" * 83], 5]), "malformed"),
+    (b"\x01" + msgspec.msgpack.encode(["acquire", 1, [b"k"] * 1025, 5]), "malformed"),
+    (b"\x01" + msgspec.msgpack.encode(["acquire", 1, [b"k"], 0]), "malformed"),
+    (b"\x01" + msgspec.msgpack.encode(["offer", 1, "n", "c", ["b", 1], [b"k"], [1, 2]]), "malformed"),
+    (b"\x01" + msgspec.msgpack.encode({"type": "release"}), "malformed"),
+    (b"\x01" + msgspec.msgpack.encode(["renewal", 1]), "malformed"),
+], ids=range(13))
+def test_what_breaks_a_rule_is_rejected_for_that_reason(data, reason):
+    with pytest.raises(wire.WireError) as caught:
+        wire.decode(data)
+    assert caught.value.reason == reason
+
+
+def test_a_message_too_large_to_send_is_our_bug():
+    with pytest.raises(LocalProtocolError, match="StatusReply"):
+        wire.encode(wire.StatusReply(1, {}, {str(number): "x" * 500 for number in range(2100)}))
