@@ -7,10 +7,9 @@ Ref: vllm v1/kv_cache_interface.py KVCacheTensor: page of layer l, block b start
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import msgspec
 
 from mooncake_connector.engines.vllm import compat
 from mooncake_connector.kv.fingerprint import Fingerprint
@@ -49,7 +48,7 @@ def fingerprint(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Fing
     return Fingerprint(
         engine="vllm/shared-allocation-4d",
         model=weights_digest(model.model, str(model.revision)),
-        model_config=_digest(msgspec.json.encode(model.hf_config.to_dict(), enc_hook=str, order="sorted")),
+        model_config=config_digest(model.hf_config.to_dict()),
         dtype=str(model.dtype),
         cache_dtype=str(cache.cache_dtype),
         layout=str(kv_cache_config.kv_cache_layout),
@@ -126,5 +125,8 @@ def layer_order(kv_cache_config: KVCacheConfig) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+def config_digest(config: dict[str, Any]) -> str:
+    """Name a model configuration by what it says, not by where it was read or by what wrote it."""
+    kept = {str(key): value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
+    text = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

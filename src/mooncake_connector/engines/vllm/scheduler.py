@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 NEWS_WAIT_S = 0.005
 """Longest wait in a step that computes nothing: also the longest that a new request waits for it."""
 
+COMPLETE_STATUSES = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
+"""vllm v1/request.py RequestStatus. STOPPED: the first token may be the end of the text; its KV is complete all the same."""
+
 
 @dataclasses.dataclass(slots=True)
 class Tracked:
@@ -250,8 +253,6 @@ class SchedulerSide:
 
     def finished(self, request: Request, num_blocks: int) -> tuple[bool, dict[str, Any] | None]:
         """Say whether the request's blocks must be kept, and what its response carries."""
-        from vllm.v1.request import RequestStatus
-
         tracked = self._tracked.pop(request.request_id, None)
         if tracked is None:
             return False, None
@@ -263,8 +264,7 @@ class SchedulerSide:
             return False, None
         if tracked.is_remote:
             self._plan.cancelled.append(request.request_id)
-        is_complete = request.status in (RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED)
-        delivered = params.do_remote_decode and is_complete
+        delivered = params.do_remote_decode and request.status.name in COMPLETE_STATUSES
         held = delivered or tracked.has_saves
         if held or params.do_remote_decode:
             self._plan.finished.append(Finished(
