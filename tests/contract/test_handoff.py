@@ -30,7 +30,8 @@ TARGET_BLOCKS = [5, 6, 1, 30, 2, 11, 12]
 
 
 def config(**changes):
-    return ConnectorConfig(**{"pool": False, "handoff_lease_s": 2.0, "handoff_timeout_s": 6.0, "verify": True, **changes})
+    defaults = {"pool": False, "handoff_lease_s": 2.0, "handoff_timeout_s": 6.0, "verify": True}
+    return ConnectorConfig(**{**defaults, **changes})
 
 
 class Engine:
@@ -73,7 +74,8 @@ class Engine:
 
     @property
     def num_pulled_bytes(self):
-        return sum(value for name, value in self.endpoint.samples().items() if name.startswith("mooncake_handoff_bytes"))
+        samples = self.endpoint.samples()
+        return sum(value for name, value in samples.items() if name.startswith("mooncake_handoff_bytes"))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import threading
 import time
 
 import msgspec
-from mooncake_store.client import StoreClient
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.kv.fingerprint import Fingerprint
@@ -27,6 +26,7 @@ from mooncake_connector.transfer.peer import PeerContext
 from mooncake_connector.transfer.prefix import PoolWorker
 from mooncake_connector.transfer.producer import Producer
 from mooncake_connector.transfer.steps import StepPlan, StepResults
+from mooncake_store.client import StoreClient
 from mooncake_store.metrics import STORE_METRICS, Metrics
 from mooncake_store.transport.base import LocalMemory
 from mooncake_store.transport.memory import populate

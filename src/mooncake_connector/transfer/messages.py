@@ -128,12 +128,14 @@ def encode(message: ToPrefill | ToDecode) -> bytes:
 
 def decode_to_prefill(data: bytes) -> ToPrefill:
     """Read a message sent to a prefill worker. Raises: RemoteProtocolError with the reason."""
-    return _decode(data, _to_prefill)
+    message: ToPrefill = _decode(data, _to_prefill)
+    return message
 
 
 def decode_to_decode(data: bytes) -> ToDecode:
     """Read a message sent to a decode worker. Raises: RemoteProtocolError with the reason."""
-    return _decode(data, _to_decode)
+    message: ToDecode = _decode(data, _to_decode)
+    return message
 
 
 def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[Message]) -> Message:

@@ -19,12 +19,11 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from mooncake_store.client import StoreClient
-
 from mooncake_connector.kv.keys import PromptKeys
 from mooncake_connector.transfer.holds import Holds, Why
 from mooncake_connector.transfer.memory import PageReader
 from mooncake_connector.transfer.steps import PoolLoad, PoolSave, StepPlan, StepResults
+from mooncake_store.client import StoreClient
 from mooncake_store.directory.base import Directory
 from mooncake_store.metrics import Metrics
 

@@ -92,7 +92,8 @@ def prefill_params(transfer="t"):
 
 
 def decode_params(transfer="t"):
-    return {"do_remote_prefill": True, "do_remote_decode": False, "transfer_id": transfer, "remote_addresses": [ADDRESS]}
+    return {"do_remote_prefill": True, "do_remote_decode": False, "transfer_id": transfer,
+            "remote_addresses": [ADDRESS]}
 
 
 def test_a_pool_hit_loads_whole_blocks_and_leaves_a_token_to_compute(side, directory):
@@ -145,8 +146,8 @@ def test_a_prefill_is_announced_computed_held_and_answered(side):
     assert (step.tokens_before, step.tokens_after, step.tokens_needed, step.per_layer) == (0, 64, 63, False)
     held, answer = one.finished(request, 4)
     assert held
-    assert answer == {"do_remote_prefill": True, "do_remote_decode": False, "remote_engine_id": answer["remote_engine_id"],
-                      "remote_addresses": [ADDRESS], "block_size": BLOCK, "transfer_id": "t"}
+    assert answer == {"do_remote_prefill": True, "do_remote_decode": False, "transfer_id": "t", "block_size": BLOCK,
+                      "remote_addresses": [ADDRESS], "remote_engine_id": answer["remote_engine_id"]}
 
 
 def test_a_first_token_that_ends_the_text_is_still_handed_over(side):

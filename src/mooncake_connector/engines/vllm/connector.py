@@ -10,7 +10,6 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mooncake_store.log import set_up_logging
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorBase_V1,
     KVConnectorHandshakeMetadata,
@@ -30,6 +29,7 @@ from mooncake_connector.transfer.steps import StepPlan
 from mooncake_store.config import load_config
 from mooncake_store.directory.open import open_directory
 from mooncake_store.errors import LocalProtocolError
+from mooncake_store.log import set_up_logging
 from mooncake_store.metrics import Metrics
 
 if TYPE_CHECKING:

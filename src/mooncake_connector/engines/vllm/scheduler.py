@@ -39,7 +39,7 @@ NEWS_WAIT_S = 0.005
 """Longest wait in a step that computes nothing: also the longest that a new request waits for it."""
 
 COMPLETE_STATUSES = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
-"""vllm v1/request.py RequestStatus. STOPPED: the first token may be the end of the text; its KV is complete all the same."""
+"""Of vllm v1/request.py RequestStatus. STOPPED: the first token ended the text; the prompt's KV is complete all the same."""
 
 
 @dataclasses.dataclass(slots=True)
