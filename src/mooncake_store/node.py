@@ -7,13 +7,16 @@ blocks through the same puller as any reader, so their checksums are verified on
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 
 from mooncake_store.client import StoreClient
 from mooncake_store.config import StoreConfig
 from mooncake_store.directory.base import Directory
+from mooncake_store.errors import ConfigError
 from mooncake_store.metrics import Metrics
 from mooncake_store.pull.base import PeerAddress
 from mooncake_store.pull.replication import STORE_KIND
@@ -116,17 +119,21 @@ class StoreNode:
                           [offer.lengths[index] for index in indices], source, deadline_ns=deadline_ns)
 
 
-def run_store_node(config: StoreConfig, stop_event: threading.Event) -> None:
-    """Run a capacity node until ``stop_event`` is set, then leave the cell; prints one line when ready.
+def run_store_node(config: StoreConfig, stop_event: threading.Event, *,
+                   announce: Callable[[str], None] = print) -> None:
+    """Run a capacity node until ``stop_event`` is set, then leave the cell; announces one line when ready.
 
     Raises:
-        What StoreClient raises.
+        ConfigError: it would lend no memory, or what StoreClient raises.
     """
+    if config.segment_bytes <= 0:
+        raise ConfigError("a store node that lends no memory is of no use", where="$.segment_bytes",
+                          hint="give it memory, e.g. --memory 2GiB")
     node = StoreNode(config)
     try:
-        print(f"mooncake store ready: node {node.client.node_id} lends {config.segment_bytes} bytes at {node.address}, "  # noqa: T201
-              f"cell {config.cell}, directory {config.directory}", flush=True)
-        while not stop_event.wait(1.0):
-            continue
+        announce(f"mooncake store ready: {node.client.node_id} lends {config.segment_bytes} bytes at {node.address} "
+                 f"(cell {config.cell}, directory {config.directory})")
+        sys.stdout.flush()
+        stop_event.wait()
     finally:
         node.close()

@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import zmq
+
 from contract.store_parts import (
     BLOCK_BYTES,
     Blocks,
@@ -22,7 +23,6 @@ from contract.store_parts import (
     results,
     wait_for,
 )
-
 from mooncake_store.client import StoreClient
 from mooncake_store.config import StoreConfig
 from mooncake_store.directory.memory import MemoryCell, MemoryDirectory
@@ -50,7 +50,8 @@ class Cell:
         return self._keep(StoreNode(self.config(**settings), directory=MemoryDirectory(self.memory)))
 
     def config(self, **settings) -> StoreConfig:
-        return StoreConfig(**{"directory": "memory", "segment_bytes": SEGMENT_BYTES, "media": ("shm", "cma"), **settings})
+        defaults = {"directory": "memory", "segment_bytes": SEGMENT_BYTES, "media": ("shm", "cma")}
+        return StoreConfig(**{**defaults, **settings})
 
     def _keep(self, member):
         self.members.append(member)

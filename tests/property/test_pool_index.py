@@ -69,7 +69,8 @@ class IndexMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.pins)
     @rule(data=st.data(), count=st.integers(1, 3))
     def unpin(self, data, count):
-        going = [self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1))) for _ in range(min(count, len(self.pins)))]
+        count = min(count, len(self.pins))
+        going = [self.pins.pop(data.draw(st.integers(0, len(self.pins) - 1))) for _ in range(count)]
         self.index.unpin(going)
 
     @rule(key=KEYS)

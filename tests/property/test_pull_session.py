@@ -50,7 +50,8 @@ class SessionMachine(RuleBasedStateMachine):
         self.model.pass_time(elapsed_ms * 1_000_000)
 
     @precondition(lambda self: not self.model.is_dropped)
-    @rule(message=st.sampled_from([Renewed(99, 1, 5), Accepted(1, 1, 1), Denied(77, "busy"), Granted(99, 9, 5, (None,))]))
+    @rule(message=st.sampled_from([Renewed(99, 1, 5), Accepted(1, 1, 1), Denied(77, "busy"),
+                                   Granted(99, 9, 5, (None,))]))
     def stray(self, message):
         self.model.deliver(message)
 

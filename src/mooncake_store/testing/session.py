@@ -27,7 +27,18 @@ from mooncake_store.pull.session import (
     State,
     Verdict,
 )
-from mooncake_store.pull.wire import Acquire, BlockEntry, Denied, Granted, Hello, Message, Release, Renew, Renewed, Welcome
+from mooncake_store.pull.wire import (
+    Acquire,
+    BlockEntry,
+    Denied,
+    Granted,
+    Hello,
+    Message,
+    Release,
+    Renew,
+    Renewed,
+    Welcome,
+)
 from mooncake_store.transport.base import RegionDescriptor
 from mooncake_store.types import BlockKey, HostIdentity, NodeId
 
@@ -172,8 +183,8 @@ class SessionModel:
             self.questions.append(message)
 
     def _grant(self, question: Acquire, held: Sequence[bool]) -> Granted:
-        entries = tuple(BlockEntry(index * BLOCK_BYTES, BLOCK_BYTES, index) if held and held[index % len(held)] else None
-                        for index in range(len(question.keys)))
+        entries = tuple(BlockEntry(index * BLOCK_BYTES, BLOCK_BYTES, index)
+                        if held and held[index % len(held)] else None for index in range(len(question.keys)))
         if not any(entries):
             return Granted(question.request_id, 0, question.ttl_ms, entries)
         self._last_lease += 1
