@@ -186,8 +186,8 @@ class Media:
         while True:
             choice = self._choose(region, tried | failures.keys())
             if not isinstance(choice, Choice):
-                reasons = [*(f"{medium}: {why}" for medium, why in failures.items()), *choice.reasons]
-                raise PeerUnreachable(f"no medium reaches region {region.region_id:#x}: {'; '.join(reasons)}")
+                reasons = "; ".join([*(f"{medium}: {why}" for medium, why in failures.items()), *choice.reasons])
+                raise PeerUnreachable(f"no medium reaches region {region.region_id:#x}: {reasons}")
             try:
                 inner = self._transports[choice.medium].attach(region, deadline_ns=deadline_ns)
             except RegionGone:
@@ -205,10 +205,10 @@ class Media:
     def _choose(self, region: RegionDescriptor, tried: frozenset[str]) -> Choice | NoMedium:
         cooling = frozenset(medium for medium, until_ns in self._cooling_of(region.region_id).items()
                             if until_ns > time.monotonic_ns())
-        own, allowed = host_identity(), [medium for medium in self._transports if medium not in tried]
-        choice = choose(own, region, allowed, cooling)
+        own, allowed = host_identity(), tuple(self._transports)
+        choice = choose(own, region, allowed, cooling | tried)
         # a medium that failed a moment ago is still better than none
-        return choice if isinstance(choice, Choice) or not cooling else choose(own, region, allowed)
+        return choice if isinstance(choice, Choice) or cooling <= tried else choose(own, region, allowed, tried)
 
     def _cooling_of(self, region_id: int) -> dict[str, int]:
         with self._lock:
