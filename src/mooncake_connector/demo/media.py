@@ -16,9 +16,8 @@ def describe_media(statuses: Iterable[MemberStatus], logs: Iterable[Path]) -> di
     """Return each medium that moved bytes, with how many and the reason that its readers logged."""
     moved: dict[str, float] = {}
     for status in statuses:
-        for name in ("mooncake_handoff_bytes_total", "mooncake_pull_bytes_total"):
-            for medium, value in by_label(status.samples, name).items():
-                moved[medium] = moved.get(medium, 0.0) + value
+        for medium, value in by_label(status.samples, "mooncake_pull_bytes_total").items():     # hand-overs included
+            moved[medium] = moved.get(medium, 0.0) + value
     reasons: dict[str, str] = {}
     for path in logs:
         reasons |= dict(_CHOICE.findall(path.read_text(errors="replace")))

@@ -176,6 +176,7 @@ class Supervisor:
             ProcessFailed: for the first that ends or exceeds its deadline.
         """
         waiting = [self.children[name] for name in (names if names is not None else list(self.children))]
+        waiting = [child for child in waiting if child.has_ended() or not child.is_ready]
         began = last_line = time.monotonic()
         while waiting:
             for child in list(waiting):

@@ -115,7 +115,7 @@ def test_media_quote_the_logged_reason(tmp_path: Path) -> None:
 
     log = tmp_path / "decode.log"
     log.write_text("x prefill worker tcp://a: medium cma (same host, private memory)\n")
-    found = describe_media([Status({'mooncake_handoff_bytes_total{medium="cma"}': 3e6}),
+    found = describe_media([Status({'mooncake_pull_bytes_total{medium="cma"}': 3e6}),
                             Status({'mooncake_pull_bytes_total{medium="cma"}': 1e6})], [log])  # type: ignore[list-item]
     assert found == {"cma": "4 MB; same host, private memory"}
 
