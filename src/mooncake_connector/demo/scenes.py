@@ -191,7 +191,8 @@ class Stage:
         scene.handoff_bytes = _whole(by_label(members, "mooncake_handoff_bytes_total"))
         # the readers count every byte they pull, hand-overs included
         pulled = by_label(members, "mooncake_pull_bytes_total")
-        scene.pool_bytes = _whole({medium: value - scene.handoff_bytes.get(medium, 0) for medium, value in pulled.items()})
+        scene.pool_bytes = _whole({medium: value - scene.handoff_bytes.get(medium, 0)
+                                   for medium, value in pulled.items()})
         scene.tokens_per_s = sum(len(answer.times) for answer in answers) / elapsed
         cold = [note.ttft_s for note in scene.answers if not note.is_reused]
         reused = [note.ttft_s for note in scene.answers if note.is_reused]
