@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+from mooncake_connector.cli.errors import UsageError
+from mooncake_connector.cli.options import sigterm_unwinds
 from mooncake_connector.demo import report as reports
 from mooncake_connector.demo.client import session
 from mooncake_connector.demo.cluster import SERVED_NAME, Cell, engine_options, probe_python
 from mooncake_connector.demo.media import describe_media
-from mooncake_connector.demo.processes import Supervisor, stop_signals
+from mooncake_connector.demo.processes import Supervisor
 from mooncake_connector.demo.scenes import HandoffNote, Stage
 from mooncake_connector.demo.status import CellStatus
-from mooncake_store.errors import MooncakeError
+from mooncake_store.config import StoreConfig, load_config
 
 STORE_JOIN_TIMEOUT_S = 30.0
 KEEP_CHECK_S = 2.0
-EXIT_INTERRUPTED = 130
-EXIT_BAD_INPUT = 2
 
 
 def add_parser(subparsers: Any) -> None:
@@ -43,33 +44,35 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the demo; return the exit code."""
+    """Run the demo; return the exit code.
+
+    Raises:
+        ConfigError: an option cannot be used.
+        MooncakeError: a process did not start, or a request failed.
+        KeyboardInterrupt: Ctrl-C before the end (with ``--keep``, Ctrl-C is the end).
+    """
     began = time.monotonic()
     output = Path(args.output)
+    if args.memory:
+        load_config(StoreConfig, {"segment_bytes": args.memory})
+    options = engine_options(args.python, args.model, dtype=args.dtype)
     try:
-        options = engine_options(args.python, args.model, dtype=args.dtype)
         output.mkdir(parents=True, exist_ok=True)
-    except (MooncakeError, OSError) as error:
-        print(error, file=sys.stderr)
-        return EXIT_BAD_INPUT
+    except OSError as error:
+        raise UsageError(f"cannot write to {output}: {error.strerror}", where="mooncake demo --output",
+                         hint="name a folder that you may write to") from error
     run_dir = Path(tempfile.mkdtemp(prefix="mooncake-demo-"))
     _say(f"logs: {run_dir}")
-    try:
-        with stop_signals(), Supervisor(run_dir, report=_say) as supervisor:
-            _say("starting etcd, a store node and two engines (a minute or two on two cores)")
-            cell = Cell(supervisor, options=options, memory=args.memory)
-            cell.start()
-            report = _play(cell, args, began)
-            _publish(report, output)
-            if args.keep:
+    with sigterm_unwinds(), Supervisor(run_dir, report=_say) as supervisor:
+        _say(f"starting etcd, a store node and two engines in {options.dtype} (a minute or two on two cores)")
+        cell = Cell(supervisor, options=options, memory=args.memory)
+        cell.start()
+        report = _play(cell, args, began)
+        _publish(report, output)
+        if args.keep:
+            with contextlib.suppress(KeyboardInterrupt):
                 _keep(cell)
-            _say("stopping everything")
-    except MooncakeError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        _say("interrupted; everything is stopped")
-        return 0 if args.keep else EXIT_INTERRUPTED
+        _say("stopping everything")
     _say(f"done in {time.monotonic() - began:.0f} s")
     return 0
 

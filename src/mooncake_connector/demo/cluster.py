@@ -88,7 +88,8 @@ def probe_python(python: str) -> EnginePython:
                                 check=True)
         found = msgspec.json.decode(answer.stdout, type=EnginePython)
     except (OSError, subprocess.SubprocessError, msgspec.DecodeError) as error:
-        raise ConfigError(f"cannot run {python}: {error}", where="--python",
+        reason = f"exit code {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else error
+        raise ConfigError(f"{python} is no Python interpreter that works: {reason}", where="--python",
                           hint="name a Python interpreter that has vLLM, e.g. .venv-vllm/bin/python") from error
     if not found.vllm:
         raise ConfigError(f"{python} has no vLLM", where="--python",

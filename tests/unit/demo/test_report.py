@@ -137,7 +137,7 @@ def test_table_aligns_columns() -> None:
 
 
 def test_unusable_engine_settings_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot run"):
+    with pytest.raises(ConfigError, match="no Python interpreter that works"):
         probe_python(str(tmp_path / "no-python"))
     with pytest.raises(ConfigError, match=r"no config\.json"):
         engine_options("python3", str(tmp_path))
