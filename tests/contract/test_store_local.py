@@ -27,9 +27,13 @@ from mooncake_store.client import StoreClient
 from mooncake_store.config import StoreConfig
 from mooncake_store.directory.memory import MemoryCell, MemoryDirectory
 from mooncake_store.errors import LocalProtocolError, PeerUnreachable, RemoteProtocolError
+from mooncake_store.metrics import Metrics
 from mooncake_store.node import StoreNode
 from mooncake_store.pull import wire
 from mooncake_store.pull.control import query_status
+from mooncake_store.transport.faults import FaultPlan, FaultyTransport
+from mooncake_store.transport.media import Media
+from mooncake_store.transport.shm import ShmTransport
 from mooncake_store.types import HostIdentity
 
 ROOM_FOR = 16
@@ -185,6 +189,30 @@ def test_a_lease_that_ends_during_a_slow_read_never_yields_wrong_bytes(cell, che
     outcomes = get(reader, range(ROOM_FOR))
     assert set(results(outcomes)) <= {"failed", "corrupt"} and len(outcomes) == ROOM_FOR
     assert owner.status()['mooncake_leases_total{result="expired"}'] >= 1
+
+
+@pytest.mark.parametrize("plan", [
+    FaultPlan(seed=1, corrupt=0.2), FaultPlan(seed=2, drop=0.2, truncate=0.2), FaultPlan(seed=3, reset=0.5),
+    FaultPlan(seed=4, delay=1.0, delay_s=0.4), FaultPlan(seed=5, death_after_reads=1),
+], ids=["corrupt", "lossy", "reset", "slower than its lease", "death"])
+def test_a_medium_that_misbehaves_never_yields_wrong_bytes(cell, plan):
+    owner = cell.client(lease_s=0.3)
+    metrics = Metrics()
+    media = Media.of({"shm": FaultyTransport(ShmTransport(), plan)}, metrics=metrics, cool_down_s=0.05)
+    reader = cell.client(media=media, lease_s=0.3, pull_timeout_s=1.0)
+    put(owner, range(ROOM_FOR))
+    seen = []
+    for _ in range(4):
+        started = time.monotonic()
+        seen += results(get(reader, range(ROOM_FOR)))  # compares the bytes of every ok block
+        assert time.monotonic() - started < 1.5
+        for peer in reader._puller._peers._peers.values():
+            peer.blamed_until_ns = 0  # so that the medium is tried again
+    assert len(seen) == 4 * ROOM_FOR and set(seen) <= {"ok", "failed", "corrupt"} and seen.count("ok") < len(seen)
+    assert all(owner.has(key_of(number)) for number in range(ROOM_FOR)), "reports about a bad medium cost no blocks"
+    wait_for(lambda: owner.status()["mooncake_leases_active"] == 0, what="the end of all leases")
+    reader.close()
+    media.close()
 
 
 def test_leased_bytes_never_change_under_a_reader_while_the_pool_overflows(cell):
