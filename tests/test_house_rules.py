@@ -28,7 +28,7 @@ PYVERBS_IMPORTERS = frozenset({"mooncake_store/transport/_verbs.py"})
 PURE_FORBIDDEN_IMPORTS = frozenset(
     {"asyncio", "random", "sglang", "socket", "subprocess", "threading", "time", "torch", "vllm", "zmq"}
 )
-# A module is pure when a line of its docstring starts with "Pure". These must be, whatever their docstring says.
+# A module is pure when its docstring has "[pure]" or a line that starts with "Pure". These are, whatever it says.
 PURE_MODULES = frozenset(
     {
         "mooncake_store/errors.py",
@@ -172,7 +172,8 @@ def check_imports(module: Module) -> Iterator[Finding]:
 
 
 def _says_pure(module: Module) -> bool:
-    return any(line.startswith("Pure") for line in (ast.get_docstring(module.tree) or "").splitlines())
+    lines = (ast.get_docstring(module.tree) or "").splitlines()
+    return any(line.startswith("Pure") or "[pure]" in line for line in lines)
 
 
 def _imported(tree: ast.Module) -> Iterator[tuple[int, str]]:

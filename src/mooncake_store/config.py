@@ -24,7 +24,7 @@ ENV_PREFIX = "MOONCAKE_"
 ENV_FILE = "MOONCAKE_CONFIG"
 FILE_MAX_BYTES = 1 << 20
 
-Medium = Literal["shm", "cma", "tcp", "loopback"]
+Medium = Literal["shm", "cma", "tcp"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Address = Annotated[str, msgspec.Meta(pattern=r"^(etcd://\S+|memory|off)$")]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
