@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NEWS_WAIT_S = 0.005
+NEWS_WAIT_S = 0.01
 """Longest wait in a step that computes nothing: also the longest that a new request waits for it."""
 
 COMPLETE_STATUSES = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
