@@ -22,8 +22,11 @@ MAKE_ENV := $(PYTHON) tests/environment/make_env.py --venv $(VENV) --vllm-venv $
 BIN      := $(VENV)/bin
 PYTEST   := $(BIN)/python -m pytest
 
+UNIT_TESTS   := tests/unit tests/property tests/contract
+ENGINE_TESTS := tests/engine tests/e2e
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-engine test-e2e bench check docs env env-base clean
+.PHONY: help demo test test-unit test-engine bench check docs env env-base clean
 # The verbs share two cores and one set of environments; one at a time.
 .NOTPARALLEL:
 
@@ -31,18 +34,16 @@ help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: env ## split prefill from decode and pool the cache, on real text (ARGS="--keep" leaves it running)
-	$(BIN)/mooncake demo --engine-python $(VLLM_VENV)/bin/python --model $(MODEL) $(ARGS)
+	$(BIN)/mooncake demo --python $(VLLM_VENV)/bin/python --model $(MODEL) $(ARGS)
 
-test: check test-unit test-engine test-e2e ## every test there is, cheapest first
+test: check env ## every test there is, cheapest first, in one run
+	$(PYTEST) $(UNIT_TESTS) $(ENGINE_TESTS) $(ARGS)
 
 test-unit: env-base ## unit, property and contract tests: no engine, no model
-	$(PYTEST) tests/unit tests/property tests/contract $(ARGS)
+	$(PYTEST) $(UNIT_TESTS) $(ARGS)
 
-test-engine: env ## tests against a real vLLM, in its environment
-	$(VLLM_VENV)/bin/python -m pytest tests/engine $(ARGS)
-
-test-e2e: env ## tests on the real processes: servers, router, etcd, store node
-	$(PYTEST) tests/e2e $(ARGS)
+test-engine: env ## tests on the real processes: vLLM servers, router, etcd, store node
+	$(PYTEST) $(ENGINE_TESTS) $(ARGS)
 
 bench: env ## run every benchmark (ARGS="--quick" for a short run); writes out/*.json
 	$(BIN)/python tests/environment/run_benchmarks.py --out out $(ARGS)
