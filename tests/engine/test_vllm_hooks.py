@@ -92,7 +92,7 @@ def test_statistics_travel_as_deltas_and_reach_the_metrics_page():
     from mooncake_connector.engines.vllm.connector import MooncakeKVConnector
     from mooncake_connector.engines.vllm.stats import StatsSource
 
-    source = StatsSource(0)
+    source = StatsSource("0")
     samples = {'mooncake_save_blocks_total{result="stored"}': 3.0, "mooncake_blocks_held": 7.0,
                "mooncake_handoff_seconds_sum": 1.0}
     first = source.take(samples)

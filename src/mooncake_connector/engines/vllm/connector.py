@@ -7,6 +7,7 @@ engine core and one with role WORKER in each worker; class methods are also call
 from __future__ import annotations
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.engines.vllm import compat, describe
 from mooncake_connector.engines.vllm.scheduler import SchedulerSide
-from mooncake_connector.engines.vllm.stats import MooncakePromMetrics, MooncakeStats
+from mooncake_connector.engines.vllm.stats import MooncakePromMetrics, MooncakeStats, StatsSource
 from mooncake_connector.engines.vllm.worker import WorkerSide
 from mooncake_connector.transfer.prefix import PoolView
 from mooncake_connector.transfer.steps import StepPlan
@@ -72,6 +73,7 @@ class MooncakeKVConnector(KVConnectorBase_V1, SupportsHMA):
         self._directory = None
         self._scheduler: SchedulerSide | None = None
         self._worker: WorkerSide | None = None
+        self._stats: StatsSource | None = None
         if role == KVConnectorRole.WORKER:
             self._worker = WorkerSide(config, vllm_config, kv_cache_config, engine_id=engine_id)
             return
@@ -84,6 +86,7 @@ class MooncakeKVConnector(KVConnectorBase_V1, SupportsHMA):
             config, engine_id=engine_id, is_producer=transfer.is_kv_producer, is_consumer=transfer.is_kv_consumer,
             pool=pool, namespace=marks.namespace(), num_parts=marks.tensor_parallel, block_size=marks.block_size,
         )
+        self._stats = StatsSource("scheduler", has_gauges=False)
         if transfer.kv_load_failure_policy == "fail":
             logger.info("kv_load_failure_policy is 'fail': a request that loses a block gets an error; "
                         "with 'recompute' it is computed here instead")
@@ -229,7 +232,11 @@ class MooncakeKVConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_kv_connector_stats(self) -> MooncakeStats | None:
         """Return what changed since the last report."""
-        return self._worker.take_stats() if self._worker is not None else None
+        if self._worker is not None:
+            return self._worker.take_stats()
+        if self._stats is not None and self._stats.is_due(time.monotonic()):
+            return self._stats.take(self.scheduler.metrics.snapshot())
+        return None
 
     # ---- both
 

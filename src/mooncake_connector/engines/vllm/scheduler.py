@@ -14,6 +14,7 @@ from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.engines.vllm.compat import Calm
 from mooncake_connector.engines.vllm.params import TransferParams, answer, read_params
 from mooncake_connector.kv.keys import PromptKeys
+from mooncake_connector.metrics import CONNECTOR_METRICS
 from mooncake_connector.transfer.doorbell import Doorbell
 from mooncake_connector.transfer.prefix import PoolView
 from mooncake_connector.transfer.steps import (
@@ -27,6 +28,7 @@ from mooncake_connector.transfer.steps import (
     StepPlan,
 )
 from mooncake_store.errors import RemoteProtocolError
+from mooncake_store.metrics import Metrics
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
@@ -39,7 +41,7 @@ NEWS_WAIT_S = 0.01
 """Longest wait in a step that computes nothing: also the longest that a new request waits for it."""
 
 COMPLETE_STATUSES = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
-"""Of vllm v1/request.py RequestStatus. STOPPED: the first token ended the text; the prompt's KV is complete all the same."""
+"""Of vllm v1/request.py RequestStatus. STOPPED: the first token ended the text; the KV is complete all the same."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -100,7 +102,7 @@ class SchedulerSide:
         self._parked: set[str] = set()
         self._held: set[str] = set()
         self.addresses: list[str] = []
-        self.num_hits = self.num_misses = self.num_hit_tokens = 0
+        self.metrics = Metrics(CONNECTOR_METRICS)
 
     # ---- arrival
 
@@ -171,7 +173,7 @@ class SchedulerSide:
             self._order_load(tracked, blocks, num_external)
         elif tracked.keys is not None and tracked.may_load and request.num_computed_tokens == 0:
             tracked.may_load = False
-            self.num_misses += 1
+            self.metrics.add("mooncake_prefix_lookups_total", result="miss")
 
     def _order_handoff(self, tracked: Tracked, blocks: KVCacheBlocks, num_external: int) -> None:
         request, params = tracked.request, tracked.params
@@ -191,8 +193,8 @@ class SchedulerSide:
         first, last = tracked.first_block, tracked.first_block + num_external // self._block_size
         tracked.may_load = False
         tracked.num_saved = last
-        self.num_hits += 1
-        self.num_hit_tokens += num_external
+        self.metrics.add("mooncake_prefix_lookups_total", result="hit")
+        self.metrics.add("mooncake_prefix_hit_tokens_total", num_external)
         self._parked.add(tracked.request.request_id)
         self._plan.pool_loads.append(PoolLoad(
             tracked.request.request_id, [tracked.keys.part(p, first, last) for p in range(self._num_parts)],
@@ -204,7 +206,11 @@ class SchedulerSide:
         """Return the plan of one step; waits a bounded time in a step that computes nothing."""
         plan, self._plan = self._plan, StepPlan()
         plan.is_empty = output.total_num_scheduled_tokens == 0
-        plan.preempted = [rid for rid in output.preempted_req_ids or () if rid in self._tracked]
+        for request_id in output.preempted_req_ids or ():
+            if request_id in self._tracked:
+                plan.preempted.append(request_id)
+                # Its queued saves are dropped; what they would have saved is looked at again.
+                self._tracked[request_id].num_saved = 0
         for request_id, num_tokens in output.num_scheduled_tokens.items():
             tracked = self._tracked.get(request_id)
             if tracked is not None:

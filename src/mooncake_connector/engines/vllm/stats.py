@@ -54,12 +54,28 @@ class MooncakeStats(KVConnectorStats):
 
 
 class StatsSource:
-    """Turns a worker's samples into what changed since the last time. Threads: one."""
+    """Turns one process's samples into what changed since the last time, at most every EVERY_S. Threads: one.
 
-    def __init__(self, rank: int) -> None:
-        self._rank = str(rank)
+    Args:
+        rank: names the process among those of its engine.
+        has_gauges: False where another process of the engine reports the same gauges.
+    """
+
+    EVERY_S = 1.0
+
+    def __init__(self, rank: str, *, has_gauges: bool = True) -> None:
+        self._rank = rank
+        self._has_gauges = has_gauges
+        self._taken_at = 0.0
         self._seen: dict[str, float] = {}
         self._gauges: dict[str, float] = {}
+
+    def is_due(self, now: float) -> bool:
+        """Return whether it is time to take samples; collecting them costs a millisecond or two."""
+        if now - self._taken_at < self.EVERY_S:
+            return False
+        self._taken_at = now
+        return True
 
     def take(self, samples: dict[str, float]) -> MooncakeStats | None:
         """Return the changes; None when there are none."""
@@ -70,14 +86,15 @@ class StatsSource:
             if spec is None:
                 continue
             if spec.kind == "gauge":
-                gauges[sample] = value
+                if self._has_gauges:
+                    gauges[sample] = value
             elif value != self._seen.get(sample, 0.0):
                 counters[sample] = value - self._seen.get(sample, 0.0)
                 self._seen[sample] = value
         if not counters and gauges == self._gauges:
             return None
         self._gauges = gauges
-        return MooncakeStats(data={"counters": counters, "gauges": {self._rank: gauges}})
+        return MooncakeStats(data={"counters": counters, "gauges": {self._rank: gauges} if gauges else {}})
 
 
 class MooncakePromMetrics(KVConnectorPromMetrics):

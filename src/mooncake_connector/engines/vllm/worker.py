@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-STATS_EVERY_S = 0.5
-
 
 class WorkerSide:
     """The worker's half of the connector. Threads: one, vLLM's model thread."""
@@ -36,7 +34,6 @@ class WorkerSide:
         self._results = StepResults()
         self._rank = 0
         self._stats: StatsSource | None = None
-        self._stats_at = 0.0
         self._endpoint: WorkerEndpoint | None = None
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
@@ -47,7 +44,7 @@ class WorkerSide:
         cache = describe.cache_memory(kv_caches, self._kv_cache_config, marks)
         self._rank = get_tensor_model_parallel_rank()
         self._endpoint = WorkerEndpoint(self._config, engine_id=self._engine_id, rank=self._rank, cache=cache)
-        self._stats = StatsSource(self._rank)
+        self._stats = StatsSource(str(self._rank))
 
     @property
     def endpoint(self) -> WorkerEndpoint:
@@ -90,11 +87,9 @@ class WorkerSide:
         return bad_blocks
 
     def take_stats(self) -> MooncakeStats | None:
-        """Return what changed since the last time, at most every STATS_EVERY_S."""
-        now = time.monotonic()
-        if self._stats is None or now - self._stats_at < STATS_EVERY_S:
+        """Return what changed since the last time, at most once a second."""
+        if self._stats is None or not self._stats.is_due(time.monotonic()):
             return None
-        self._stats_at = now
         return self._stats.take(self.endpoint.samples())
 
     def close(self) -> None:
