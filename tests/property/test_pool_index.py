@@ -101,5 +101,5 @@ class IndexMachine(RuleBasedStateMachine):
         assert self.index.used_bytes == 0
 
 
-IndexMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+IndexMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
 TestIndex = IndexMachine.TestCase

@@ -13,7 +13,7 @@ FACTS = st.dictionaries(st.sampled_from(NODES), st.builds(PeerFacts, st.booleans
                                                           st.sampled_from(["", "", "left alone"])))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(blocks=st.lists(st.tuples(st.integers(1, 10 << 20), st.sets(st.sampled_from(NODES))), max_size=40), facts=FACTS,
        batch_max=st.integers(1, 32 << 20))
 def test_every_block_is_planned_once(blocks, facts, batch_max):

@@ -80,7 +80,7 @@ class SessionMachine(RuleBasedStateMachine):
         self.model.check_over()
 
 
-SessionMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+SessionMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 TestSession = SessionMachine.TestCase
 
 

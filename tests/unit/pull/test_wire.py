@@ -50,7 +50,7 @@ def test_a_welcome_carries_every_kind_of_offer():
     assert wire.decode(wire.encode(message)) == message
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_rejected_with_a_reason_and_nothing_else(data):
     try:
@@ -59,7 +59,7 @@ def test_garbage_is_rejected_with_a_reason_and_nothing_else(data):
         assert error.reason in {"empty", "version", "malformed"} and error.message
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(which=st.integers(0, len(GOLDEN) - 1), position=st.integers(0, 60), value=st.integers(0, 255),
        cut=st.integers(0, 60))
 def test_damaged_messages_are_rejected_or_still_within_bounds(which, position, value, cut):
