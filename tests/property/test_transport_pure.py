@@ -44,6 +44,7 @@ def carry_out(offsets, targets, lengths, source, size):
 
 
 @given(batches(), st.integers(1, 40))
+@settings(deadline=None)
 def test_pieces_copy_the_same_bytes_as_the_batch(batch, piece_max_bytes):
     source = np.arange(REGION)
     size = int((batch.local_addresses + batch.lengths).max())
@@ -58,6 +59,7 @@ def test_pieces_copy_the_same_bytes_as_the_batch(batch, piece_max_bytes):
 
 
 @given(batches(), st.integers(1, 40), st.data())
+@settings(deadline=None)
 def test_a_request_is_complete_when_every_byte_of_it_is(batch, piece_max_bytes, data):
     pieces = coalesce(batch, piece_max_bytes=piece_max_bytes)
     done = np.array(data.draw(st.lists(st.booleans(), min_size=len(pieces.lengths), max_size=len(pieces.lengths))))
@@ -71,6 +73,7 @@ def test_a_request_is_complete_when_every_byte_of_it_is(batch, piece_max_bytes, 
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 10), st.integers(1, 120))
+@settings(deadline=None)
 def test_groups_cover_everything_once_within_their_limits(lengths, count_max, bytes_max):
     found = list(groups(np.array(lengths, np.uint64), count_max=count_max, bytes_max=bytes_max))
     assert [i for group in found for i in range(group.start, group.stop)] == list(range(len(lengths)))
@@ -81,6 +84,7 @@ def test_groups_cover_everything_once_within_their_limits(lengths, count_max, by
 
 
 @given(st.lists(st.tuples(st.integers(0, 2**40), st.integers(1, 60)), min_size=1, max_size=20), st.data())
+@settings(deadline=None)
 def test_a_cursor_passes_every_byte_in_order(ranges, data):
     cursor = RangeCursor(np.array(ranges, np.uint64))
     seen = []
@@ -98,7 +102,7 @@ def test_a_cursor_passes_every_byte_in_order(ranges, data):
 
 
 @given(st.binary(min_size=tcp_wire.HEADER_BYTES, max_size=tcp_wire.HEADER_BYTES))
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_any_header_is_a_bounded_request_or_refused(data):
     for prefix in (b"", tcp_wire.MAGIC, tcp_wire.MAGIC + b"\1\0", tcp_wire.MAGIC + b"\1\0\1\0"):
         try:
@@ -111,7 +115,7 @@ def test_any_header_is_a_bounded_request_or_refused(data):
 
 @given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1)) | st.tuples(
     st.integers(0, 5000), st.integers(0, 5000)), min_size=1, max_size=8), st.integers(1, 6000))
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 def test_the_owner_serves_only_reads_inside_the_region(reads, size):
     status = tcp_wire.check_reads(np.array(reads, np.uint64), size)
     if status == tcp_wire.OK:

@@ -11,13 +11,11 @@ need CAP_SYS_PTRACE.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +23,10 @@ import numpy.typing as npt
 from mooncake_store.errors import MooncakeError, TransferFailed
 from mooncake_store.transport import libc
 from mooncake_store.transport.base import CmaOffer, LocalMemory, ReadBatch, ReadResult, RegionDescriptor, RegionGone
-from mooncake_store.transport.coalesce import Group, Pieces, coalesce, groups
-from mooncake_store.transport.copying import past_deadline
+from mooncake_store.transport.coalesce import Pieces, coalesce, groups
+from mooncake_store.transport.copying import CALL_MAX_BYTES, past_deadline, range_pair, read_group, single_range
 from mooncake_store.transport.guard import GuardPage
 from mooncake_store.transport.memory import process_start_ticks
-
-CALL_MAX_BYTES = 32 << 20
-"""Bytes of one system call, so that the deadline is looked at every 10 to 20 ms."""
 
 
 def explain(error: OSError, pid: int) -> MooncakeError:
@@ -64,12 +59,12 @@ class CmaTransport:
 
     def probe(self) -> str:
         """Return why this medium cannot work here, empty when it can: reads 8 bytes of ourselves."""
-        source, target = ctypes.c_uint64(0x6D6F6F6E), ctypes.c_uint64(0)
+        source, target = np.array([0x6D6F6F6E], np.uint64), np.zeros(1, np.uint64)
         try:
-            libc.read_process(os.getpid(), _ranges(ctypes.addressof(target), 8), _ranges(ctypes.addressof(source), 8))
+            libc.read_process(os.getpid(), single_range(target.ctypes.data, 8), single_range(source.ctypes.data, 8))
         except OSError as error:
             return explain(error, os.getpid()).message
-        return "" if target.value == source.value else "process_vm_readv copied wrong bytes"
+        return "" if target[0] == source[0] else "process_vm_readv copied wrong bytes"
 
     def serve(self, region_id: int, memory: LocalMemory) -> CmaOffer | None:
         """Allow peers to read the memory; None when its guard cannot be kept (too many regions).
@@ -129,8 +124,8 @@ class CmaAttachment:
         self._region = region
         self._offer = offer
         self._guard = np.zeros(1, np.uint64)
-        self._guard_local = _ranges(self._guard.ctypes.data, 8)
-        self._guard_remote = _ranges(offer.guard_address, 8)
+        self._guard_local = single_range(self._guard.ctypes.data, 8)
+        self._guard_remote = single_range(offer.guard_address, 8)
         self._is_closed = False
 
     def read(self, batch: ReadBatch, *, deadline_ns: int) -> ReadResult:
@@ -167,50 +162,19 @@ class CmaAttachment:
 
     def _read_pieces(self, pieces: Pieces, deadline_ns: int) -> tuple[npt.NDArray[np.bool_], MooncakeError | None]:
         total = len(pieces.lengths)
-        local, remote = np.empty((total, 2), np.uint64), np.empty((total, 2), np.uint64)
-        local[:, 0], local[:, 1] = pieces.local_addresses, pieces.lengths
-        remote[:, 0], remote[:, 1] = pieces.remote_offsets + np.uint64(self._offer.address), pieces.lengths
+        local, remote = range_pair(pieces, self._offer.address)
         done = np.zeros(total, np.bool_)
         error: MooncakeError | None = None
         for group in groups(pieces.lengths, count_max=libc.IOV_MAX, bytes_max=CALL_MAX_BYTES):
             if group.start and time.monotonic_ns() >= deadline_ns:
                 return done, error or past_deadline("cma", group.start, total)
             try:
-                faulted = self._read_group(group, local, remote, done)
+                faulted = read_group(self._offer.pid, group, local, remote, done)
             except OSError as failure:
                 return done, error or explain(failure, self._offer.pid)
             if faulted and error is None:
                 error = explain(OSError(errno.EFAULT, os.strerror(errno.EFAULT)), self._offer.pid)
         return done, error
-
-    def _read_group(self, group: Group, local: npt.NDArray[Any], remote: npt.NDArray[Any],
-                    done: npt.NDArray[np.bool_]) -> bool:
-        """Copy one group, leaving out ranges that fault; return whether any did. Raises OSError for anything else."""
-        faulted = False
-        start = group.start
-        while start < group.stop:
-            window = slice(start, group.stop)
-            try:
-                copied = libc.read_process(self._offer.pid, local[window], remote[window])
-            except OSError as error:
-                if error.errno != errno.EFAULT:
-                    raise
-                copied = 0
-            if start == group.start and copied == group.num_bytes:
-                done[window] = True
-                return False
-            # It stopped early: the ranges before the stop are complete. The one it stopped in goes first next time, and
-            # is left out when it is the one at the front.
-            num_done = int(np.searchsorted(np.cumsum(local[window, 1]), np.uint64(copied), side="right"))
-            done[start:start + num_done] = True
-            if num_done == 0:
-                faulted = True
-            start += max(num_done, 1)
-        return faulted
-
-
-def _ranges(address: int, length: int) -> npt.NDArray[np.uint64]:
-    return np.array([[address, length]], np.uint64)
 
 
 def _ptrace_scope() -> str:

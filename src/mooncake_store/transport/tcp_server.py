@@ -20,6 +20,8 @@ import numpy.typing as npt
 from mooncake_store.errors import RemoteProtocolError
 from mooncake_store.transport import libc, tcp_wire
 from mooncake_store.transport.base import LocalMemory
+from mooncake_store.transport.checksum import RangeChecksum
+from mooncake_store.transport.copying import single_range
 from mooncake_store.transport.cursor import RangeCursor
 from mooncake_store.transport.tcp_wire import (
     HEADER_BYTES,
@@ -53,7 +55,7 @@ def tune(connection: socket.socket) -> None:
 
 
 class _Answer:
-    """One response on its way out. Keeps its header, checksums and staged bytes alive while they are sent."""
+    """One response on its way out. Keeps its header, checksum and staged bytes alive while they are sent."""
 
     def __init__(self, region_id: int, parts: list[npt.NDArray[np.uint8]],
                  middle: npt.NDArray[np.uint64] | None) -> None:
@@ -118,6 +120,7 @@ class ReadServer:
         self._regions: dict[int, LocalMemory] = {}
         self._connections: set[_Connection] = set()
         self._space = libc.address_space()
+        self._checksum = RangeChecksum()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
         self._selector.register(self._wake_read, selectors.EVENT_READ)
@@ -238,16 +241,15 @@ class ReadServer:
         ranges[:, 0] += np.uint64(memory.address)
         num_bytes = int(lengths.sum())
         header = _bytes(pack_response(Response(status, request.frame_id, request.num_reads, num_bytes)))
-        region_id = request.region_id
         if num_bytes <= STAGED_MAX_BYTES:
             staged = _bytes(b"".join(self._space[start:start + size] for start, size in ranges.tolist()))
-            region_id, starts = 0, np.cumsum(lengths) - lengths + np.uint64(staged.ctypes.data)
+            region_id, ranges = 0, single_range(staged.ctypes.data, num_bytes)
         else:
-            staged, starts = _bytes(b""), ranges[:, 0]
-        crcs = _bytes(b"")
+            region_id, staged = request.region_id, _bytes(b"")
+        crc = _bytes(b"")
         if request.flags & tcp_wire.WANT_CRC:
-            crcs = _bytes(tcp_wire.checksums(self._space, starts, lengths).astype("<u4", copy=False).tobytes())
-        return _Answer(region_id, [header, staged, crcs], None if staged.nbytes else ranges)
+            crc = _bytes(self._checksum.crc32(ranges).to_bytes(tcp_wire.CRC_BYTES, "little"))
+        return _Answer(region_id, [header, staged, crc], None if region_id == 0 else ranges)
 
     def _send(self, connection: _Connection, answer: _Answer) -> None:
         with self._lock:

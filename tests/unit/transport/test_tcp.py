@@ -10,7 +10,7 @@ import pytest
 
 from mooncake_store.errors import ChecksumMismatch, PeerUnreachable, TransferFailed
 from mooncake_store.testing.transport import Owned, Target, scattered, soon
-from mooncake_store.transport import tcp_server, tcp_wire
+from mooncake_store.transport import tcp, tcp_server, tcp_wire
 from mooncake_store.transport.base import RegionGone, TcpOffer
 from mooncake_store.transport.tcp import TcpTransport
 
@@ -92,13 +92,14 @@ def blocks(count=40, length=100_000):
     return Target(np.random.default_rng(0).permutation(count) * length, np.full(count, length))
 
 
-def test_a_flipped_byte_fails_its_request_only(wire):
+def test_a_flipped_byte_fails_its_frame_only(wire, monkeypatch):
+    monkeypatch.setattr(tcp, "FRAME_BYTES", 1 << 20)
     proxy, attachment, owned = wire
     target = blocks()
     proxy.flip_at = proxy.passed + 24 + 555_555  # in the data of the first answer
     result = attachment.read(target.batch, deadline_ns=soon())
     assert isinstance(result.error, ChecksumMismatch)
-    assert int((~result.ok).sum()) == 1
+    assert 1 <= int((~result.ok).sum()) <= 11
     target.check(result, owned.bytes)
     target.check(attachment.read(target.batch, deadline_ns=soon()), owned.bytes)
 
@@ -134,7 +135,7 @@ def test_a_stalled_wire_ends_at_the_deadline_and_writes_nothing_later(wire):
     proxy.stall_at = proxy.passed + 200_000
     started = time.monotonic()
     result = attachment.read(target.batch, deadline_ns=soon(0.3))
-    assert 0.25 < time.monotonic() - started < 1.5
+    assert 0.25 < time.monotonic() - started < 5
     assert isinstance(result.error, TransferFailed) and "deadline" in result.error.message
     target.check(result, owned.bytes)
     proxy.stall_at = -1  # the rest arrives now, at a connection that is gone
@@ -208,8 +209,13 @@ def test_more_connections_than_allowed_are_turned_away(monkeypatch):
     with pytest.raises(PeerUnreachable):
         server.attach(region, deadline_ns=soon())
     attachments.pop().close()
-    time.sleep(0.1)
-    attachments.append(server.attach(region, deadline_ns=soon()))
+    for _ in range(100):  # the server notices that one left
+        try:
+            attachments.append(server.attach(region, deadline_ns=soon()))
+            break
+        except PeerUnreachable:
+            time.sleep(0.02)
+    assert len(attachments) == 2
     for attachment in attachments:
         attachment.close()
     server.close()
