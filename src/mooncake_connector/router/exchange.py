@@ -1,0 +1,359 @@
+"""Serve one client request: place it, send its legs, survive one failure, relay the answer.
+
+Threads: one asyncio loop. Cancelling :meth:`Exchange.run` (the client left) ends both legs at once.
+
+The life of a request::
+
+    place ─► prefill leg sent ─► decode leg sent ─► first byte ─► relay ─► finished
+               │ unreachable        │ fails before its first byte
+               ├► another prefill   └► place anew without that engine, once
+               └► decode alone
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import aiohttp
+from aiohttp import web
+
+from mooncake_connector.router.answers import Problem, is_finished_stream, problem_event, problem_json
+from mooncake_connector.router.bodies import Ask, decode_body, hide_params, prefill_body
+from mooncake_connector.router.legs import JSON, LegFailure, Legs, PrefillDone, PrefillLeg, StreamedAnswer, WholeAnswer
+from mooncake_connector.router.messages import Place, Placed, Refused
+from mooncake_connector.router.recovery import Patience, recovery_wait_s
+from mooncake_connector.router.watch import EngineWatch
+from mooncake_store.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+DECODE_ATTEMPTS_MAX = 2
+RETRY_AFTER_S = 1
+LAST_WORDS_S = 1.0
+
+Opened = StreamedAnswer | WholeAnswer | LegFailure
+
+
+class Services(NamedTuple):
+    """What every exchange of one router shares."""
+
+    watch: EngineWatch
+    legs: Legs
+    metrics: Metrics
+    patience: Patience
+    total_timeout_s: float
+    new_transfer_id: Callable[[], str]
+
+
+class Exchange:
+    """One client request from the first placement to the last byte.
+
+    Args:
+        services: what the router's exchanges share.
+        ask: what the client wants.
+        request_id: goes to both engines and back to the client.
+        headers: what to send to the engines.
+    """
+
+    def __init__(self, services: Services, ask: Ask, *, request_id: str, headers: Mapping[str, str]) -> None:
+        self._services = services
+        self._placer = services.watch.placer
+        self._metrics = services.metrics
+        self._ask = ask
+        self._request_id = request_id
+        self._headers = headers
+        self._loop = asyncio.get_running_loop()
+        self._start_s = self._loop.time()
+        self._placed: Placed | None = None
+        self._prefill: PrefillLeg | None = None
+        self.outcome = "ok"
+
+    async def run(self, request: web.Request) -> web.StreamResponse:
+        """Answer the client. Bounded by the total timeout; every failure becomes an OpenAI-style error."""
+        response: web.StreamResponse | None = None
+        try:
+            async with asyncio.timeout(self._services.total_timeout_s):
+                opened = await self._open()
+                if isinstance(opened, Problem):
+                    return self._answer_problem(opened)
+                if isinstance(opened, WholeAnswer):
+                    return self._answer_whole(opened)
+                response = web.StreamResponse(headers=self._answer_headers(opened.content_type))
+                return await self._relay(request, response, opened)
+        except TimeoutError:
+            self.outcome = "timeout"
+            problem = Problem(504, f"the request took more than {self._services.total_timeout_s:g} s")
+            if response is None or not response.prepared:
+                return self._answer_problem(problem)
+            await _end_late(request, response, problem)
+            return response
+        except (asyncio.CancelledError, ConnectionResetError):
+            self.outcome = "client_gone"
+            self._metrics.add("mooncake_router_disconnects_total")
+            raise
+        finally:
+            self._finish(is_prefill_kept=self.outcome == "ok")
+
+    async def _open(self) -> StreamedAnswer | WholeAnswer | Problem:
+        """Get the first byte of an answer, from a second engine if need be."""
+        excluded: tuple[str, ...] = ()
+        failure: LegFailure | None = None
+        for _ in range(DECODE_ATTEMPTS_MAX):
+            placed = self._place(excluded)
+            if isinstance(placed, Refused):
+                break
+            opened = await self._attempt(placed)
+            if not isinstance(opened, LegFailure):
+                return opened
+            failure = opened
+            excluded += (opened.url,)
+            self._note_decode_failure(opened)
+            if opened.kind == "timeout":
+                break
+            log.warning("request %s: decode on %s failed: %s", self._request_id, opened.url, opened.message)
+            self._metrics.add("mooncake_router_retries_total", leg="decode")
+        else:
+            placed = None
+        if failure is not None:
+            return self._decode_problem(failure, placed)
+        assert isinstance(placed, Refused)  # the loop ran, and nothing failed
+        return self._refusal_problem(placed)
+
+    def _place(self, excluded: tuple[str, ...]) -> Placed | Refused:
+        ask = self._ask
+        start_s = self._loop.time()
+        placed = self._placer.place(
+            Place(
+                request_id=self._request_id,
+                num_prompt_tokens=ask.num_prompt_tokens,
+                num_output_tokens=ask.num_output_tokens,
+                model=ask.model,
+                prefix_hashes=ask.prefix_hashes,
+                excluded=excluded,
+            ),
+            self._services.new_transfer_id(),
+            now_ns=int(start_s * 1e9),
+            colocated_reason=ask.colocated_reason,
+        )
+        self._metrics.observe("mooncake_router_decision_seconds", self._loop.time() - start_s)
+        if isinstance(placed, Placed):
+            self._placed = placed
+        return placed
+
+    async def _attempt(self, placed: Placed) -> Opened:
+        """Send the legs of one placement; a failure leaves nothing of it behind."""
+        opened: Opened | None = None
+        try:
+            if placed.prefill_url:
+                placed = await self._send_prefill(placed)
+            if not placed.prefill_url:
+                self._metrics.add("mooncake_router_colocated_total", reason=placed.reason)
+            self._placed = placed
+            opened = await self._send_decode(placed)
+            return opened
+        finally:
+            if opened is None or isinstance(opened, LegFailure):
+                self._finish(is_prefill_kept=False)
+
+    async def _send_prefill(self, placed: Placed) -> Placed:
+        """Send the prefill leg, to a second engine when the first cannot be reached; else give it up."""
+        for _ in range(2):
+            assert placed.prefill_params is not None
+            body = prefill_body(self._ask, placed.prefill_params)
+            leg = self._services.legs.start_prefill(placed.prefill_url, self._ask.route, body, self._headers)
+            self._prefill = leg
+            leg.task.add_done_callback(partial(self._prefill_over, leg, placed.transfer_id))
+            if await leg.wait_sent():
+                return placed
+            self._prefill = None
+            again = self._placer.place_prefill_again(
+                placed.transfer_id, excluded=placed.prefill_url, now_ns=int(self._loop.time() * 1e9)
+            )
+            if again is None:
+                break
+            self._metrics.add("mooncake_router_retries_total", leg="prefill")
+            placed = again
+        self._placer.finish(placed.transfer_id, "prefill")
+        return self._colocated(placed, "prefill_unreachable")
+
+    def _colocated(self, placed: Placed, reason: str) -> Placed:
+        return Placed(self._request_id, "", placed.decode_url, placed.transfer_id, reason=reason)
+
+    async def _send_decode(self, placed: Placed) -> Opened:
+        """Send the decode leg and wait for its first byte, with an eye on the prefill leg."""
+        decode = self._start_decode(placed)
+        try:
+            opened = await self._watch_both(decode)
+        except asyncio.CancelledError:
+            _abandon(decode)
+            raise
+        if opened is not None:
+            return opened
+        _abandon(decode)
+        log.warning("request %s: sent anew as a plain request to %s", self._request_id, placed.decode_url)
+        self._metrics.add("mooncake_router_retries_total", leg="decode")
+        self._metrics.add("mooncake_router_colocated_total", reason="prefill_failed")
+        self._placed = self._colocated(placed, "prefill_failed")
+        return await self._start_decode(self._placed)
+
+    def _start_decode(self, placed: Placed) -> asyncio.Task[Opened]:
+        body = decode_body(self._ask, placed.decode_params)
+        return asyncio.create_task(
+            self._services.legs.open_decode(
+                placed.decode_url, self._ask.route, body, self._headers, is_stream=self._ask.is_stream
+            ),
+            name=f"decode {placed.decode_url}",
+        )
+
+    async def _watch_both(self, decode: asyncio.Task[Opened]) -> Opened | None:
+        """Return what the decode leg brought; None when it is better sent anew because its prefill leg failed."""
+        prefill = self._prefill
+        waiting: set[asyncio.Task[Opened] | asyncio.Task[PrefillDone | LegFailure]] = {decode}
+        if prefill is not None:
+            waiting.add(prefill.task)
+        wait_s: float | None = None
+        while True:
+            done, _ = await asyncio.wait(waiting, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
+            if decode in done:
+                return decode.result()
+            if not done or prefill is None:
+                return None
+            waiting.discard(prefill.task)
+            outcome = prefill.outcome()
+            if isinstance(outcome, LegFailure):
+                wait_s = recovery_wait_s(
+                    self._services.patience,
+                    is_refusal=outcome.kind == "refused",
+                    is_stream=self._ask.is_stream,
+                    num_output_tokens=self._ask.num_output_tokens,
+                )
+                log.warning(
+                    "request %s: prefill on %s failed: %s; waiting %.1f s for the decode engine to recover",
+                    self._request_id, outcome.url, outcome.message, wait_s,
+                )  # fmt: skip
+
+    def _prefill_over(self, leg: PrefillLeg, transfer_id: str, _task: object) -> None:
+        """Account for a prefill leg that ended, whenever that is; it may outlive the exchange."""
+        outcome = leg.outcome()
+        if isinstance(outcome, PrefillDone):
+            self._metrics.add("mooncake_router_legs_total", leg="prefill", result="ok")
+            self._metrics.observe("mooncake_router_prefill_seconds", outcome.duration_s)
+            self._services.watch.note_prefill_answer(outcome)
+        elif isinstance(outcome, LegFailure):
+            self._metrics.add("mooncake_router_legs_total", leg="prefill", result=outcome.kind)
+            if outcome.kind != "refused" or outcome.status >= 500:
+                self._services.watch.note_failure(leg.url, outcome.message)
+            if outcome.kind == "unsent":
+                return  # the exchange moves the leg or gives it up
+        else:
+            self._metrics.add("mooncake_router_legs_total", leg="prefill", result="cancelled")
+        self._placer.finish(transfer_id, "prefill")
+
+    def _finish(self, *, is_prefill_kept: bool) -> None:
+        """Stop counting this placement. A prefill leg that is kept ends, and is accounted for, by itself."""
+        leg, self._prefill = self._prefill, None
+        if leg is not None and not is_prefill_kept:
+            leg.task.cancel()
+        placed, self._placed = self._placed, None
+        if placed is not None:
+            self._placer.finish(placed.transfer_id, "decode" if is_prefill_kept else "both")
+
+    def _note_decode_failure(self, failure: LegFailure) -> None:
+        self._metrics.add("mooncake_router_legs_total", leg="decode", result=failure.kind)
+        if failure.kind != "refused" or failure.status >= 500:
+            self._services.watch.note_failure(failure.url, failure.message)
+
+    async def _relay(
+        self, request: web.Request, response: web.StreamResponse, opened: StreamedAnswer
+    ) -> web.StreamResponse:
+        """Pass the stream on, chunk by chunk as it comes; a stream that breaks ends with an error event."""
+        self._metrics.observe("mooncake_router_ttft_seconds", self._loop.time() - self._start_s, kind="stream")
+        decode_url = self._placed.decode_url if self._placed else ""
+        try:
+            await response.prepare(request)
+            await response.write(opened.first)
+            reason = await self._relay_rest(response, opened)
+            if reason:
+                self.outcome = "engine_error"
+                self._note_decode_failure(LegFailure("lost", decode_url, reason))
+                problem = Problem(502, f"the decode engine {decode_url} broke off its answer: {reason}")
+                await response.write(problem_event(problem, tail=opened.tail))
+            else:
+                self._metrics.add("mooncake_router_legs_total", leg="decode", result="ok")
+            await response.write_eof()
+            return response
+        finally:
+            opened.close()
+
+    async def _relay_rest(self, response: web.StreamResponse, opened: StreamedAnswer) -> str:
+        """Return why the stream broke; empty when it ended well."""
+        while True:
+            try:
+                data = await opened.read()
+            except (aiohttp.ClientError, ConnectionResetError) as error:
+                return "" if is_finished_stream(opened.tail) else str(error) or type(error).__name__
+            if not data:
+                return "" if is_finished_stream(opened.tail) else "it ended without [DONE]"
+            await response.write(data)
+
+    def _answer_whole(self, answer: WholeAnswer) -> web.Response:
+        if answer.status >= 400:
+            self.outcome = "engine_refused"
+        self._metrics.add("mooncake_router_legs_total", leg="decode", result="ok" if answer.status < 400 else "refused")
+        self._metrics.observe("mooncake_router_ttft_seconds", self._loop.time() - self._start_s, kind="whole")
+        headers = self._answer_headers(answer.content_type)
+        return web.Response(status=answer.status, body=hide_params(answer.body), headers=headers)
+
+    def _answer_problem(self, problem: Problem) -> web.Response:
+        headers = self._answer_headers(JSON)
+        if problem.retry_after_s:
+            headers["Retry-After"] = str(problem.retry_after_s)
+        return web.Response(status=problem.status, body=problem_json(problem), headers=headers)
+
+    def _answer_headers(self, content_type: str) -> dict[str, str]:
+        headers = {"Content-Type": content_type, "x-request-id": self._request_id}
+        if self._placed is not None:
+            if self._placed.prefill_url:
+                headers["x-mooncake-prefill"] = self._placed.prefill_url
+            headers["x-mooncake-decode"] = self._placed.decode_url
+            headers["x-mooncake-transfer-id"] = self._placed.transfer_id
+        return headers
+
+    def _decode_problem(self, failure: LegFailure, placed: Placed | Refused | None) -> Problem:
+        if failure.kind == "timeout":
+            self.outcome = "timeout"
+            return Problem(504, f"the engine {failure.url} gave {failure.message}")
+        self.outcome = "engine_error"
+        again = "no other engine could take the request" if isinstance(placed, Refused) else "so did the one before"
+        return Problem(
+            502, f"the engine {failure.url} failed: {failure.message}; {again}", retry_after_s=RETRY_AFTER_S
+        )
+
+    def _refusal_problem(self, refused: Refused) -> Problem:
+        self.outcome = "refused"
+        if refused.code == "no_model":
+            return Problem(404, refused.reason, param="model")
+        return Problem(503, refused.reason, retry_after_s=RETRY_AFTER_S)
+
+
+def _abandon(decode: asyncio.Task[Opened]) -> None:
+    """End a decode leg whose answer nobody will read."""
+    if not decode.done():
+        decode.cancel()
+    elif not decode.cancelled() and isinstance(decode.result(), StreamedAnswer):
+        decode.result().close()  # type: ignore[union-attr]
+
+
+async def _end_late(request: web.Request, response: web.StreamResponse, problem: Problem) -> None:
+    """End a stream that ran out of time; a client that does not read is cut off."""
+    try:
+        async with asyncio.timeout(LAST_WORDS_S):
+            await response.write(problem_event(problem, tail=b"."))
+            await response.write_eof()
+    except (TimeoutError, ConnectionResetError):
+        if request.transport is not None:
+            request.transport.abort()

@@ -1,0 +1,224 @@
+"""Serve the OpenAI-compatible HTTP API in front of the engines.
+
+Threads: one asyncio loop. A client that disconnects cancels its handler, and with it both legs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+from collections.abc import Awaitable, Callable
+
+import msgspec
+from aiohttp import web
+from multidict import CIMultiDict
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from mooncake_connector.router.answers import Problem, problem_json
+from mooncake_connector.router.bodies import CHAT, COMPLETIONS, Ask, Route, read_ask
+from mooncake_connector.router.config import RouterConfig
+from mooncake_connector.router.engines import EngineState
+from mooncake_connector.router.exchange import RETRY_AFTER_S, Exchange, Services
+from mooncake_connector.router.legs import JSON, Legs
+from mooncake_connector.router.prefix_index import PrefixIndex
+from mooncake_connector.router.recovery import Patience
+from mooncake_connector.router.watch import EngineWatch
+from mooncake_store.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+# Hop-by-hop headers (RFC 9110, 7.6.1), and those that describe the body or the connection, which we write ourselves.
+_DROPPED_HEADERS = frozenset(
+    (
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
+        "transfer-encoding", "upgrade", "host", "content-length", "content-type", "content-encoding",
+        "accept-encoding", "expect", "x-request-id",
+    )  # fmt: skip
+)
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class _ModelList(msgspec.Struct):
+    data: list[msgspec.Raw]
+    object: str = "list"
+
+
+class _Readiness(msgspec.Struct):
+    status: str
+    engines: dict[str, str]
+
+
+class Gateway:
+    """The HTTP side of one router.
+
+    Args:
+        config: limits and timeouts.
+        watch: the engines.
+        legs: connections to engines.
+        metrics: a Metrics with ROUTER_METRICS.
+    """
+
+    def __init__(
+        self, config: RouterConfig, *, watch: EngineWatch, legs: Legs, index: PrefixIndex, metrics: Metrics
+    ) -> None:
+        self._config = config
+        self._watch = watch
+        self._index = index
+        self._metrics = metrics
+        self._services = Services(
+            watch=watch,
+            legs=legs,
+            metrics=metrics,
+            patience=Patience(config.decode_recovery_s, config.refused_grace_s, config.decode_token_s),
+            total_timeout_s=config.total_timeout_s,
+            new_transfer_id=lambda: uuid.uuid4().hex,
+        )
+        self._num_open = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._is_draining = False
+
+    @property
+    def num_open(self) -> int:
+        """Return how many client requests are being served."""
+        return self._num_open
+
+    def application(self) -> web.Application:
+        """Return the aiohttp application; run it with ``handler_cancellation=True``."""
+        app = web.Application(client_max_size=self._config.body_max_bytes, middlewares=[_errors_as_json])
+        app.router.add_post(CHAT, self._chat)
+        app.router.add_post(COMPLETIONS, self._completions)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/ready", self._ready)
+        app.router.add_get("/metrics", self._show_metrics)
+        return app
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Refuse new requests and wait for the running ones; False when some still run after ``timeout_s``."""
+        self._is_draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, CHAT)
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._serve(request, COMPLETIONS)
+
+    async def _serve(self, request: web.Request, route: Route) -> web.StreamResponse:
+        request_id = _request_id(request)
+        if self._is_draining:
+            return self._refuse(Problem(503, "the router is shutting down", retry_after_s=RETRY_AFTER_S), request_id)
+        if self._num_open >= self._config.requests_max:
+            problem = Problem(503, f"{self._num_open} requests are being served", retry_after_s=RETRY_AFTER_S)
+            return self._refuse(problem, request_id)
+        self._num_open += 1
+        self._idle.clear()
+        try:
+            ask = await self._read_ask(request, route)
+            await self._watch.wait_settled(self._config.startup_wait_s)
+            if isinstance(ask, Problem):
+                return self._refuse(ask, request_id, outcome="bad_request")
+            headers = _engine_headers(request, request_id)
+            exchange = Exchange(self._services, ask, request_id=request_id, headers=headers)
+            try:
+                return await exchange.run(request)
+            finally:
+                self._metrics.add("mooncake_router_requests_total", outcome=exchange.outcome)
+        finally:
+            self._num_open -= 1
+            if not self._num_open:
+                self._idle.set()
+
+    async def _read_ask(self, request: web.Request, route: Route) -> Ask | Problem:
+        limit_bytes = self._config.body_max_bytes
+        try:
+            async with asyncio.timeout(self._config.body_timeout_s):
+                data = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            return Problem(413, f"the body has more than {limit_bytes} bytes, the router's body_max_bytes")
+        except TimeoutError:
+            return Problem(408, f"the body did not arrive within {self._config.body_timeout_s:g} s")
+        return read_ask(route, data, min_split_tokens=self._config.min_split_tokens)
+
+    def _refuse(self, problem: Problem, request_id: str, *, outcome: str = "refused") -> web.Response:
+        self._metrics.add("mooncake_router_requests_total", outcome=outcome)
+        headers = {"x-request-id": request_id}
+        if problem.retry_after_s:
+            headers["Retry-After"] = str(problem.retry_after_s)
+        response = web.Response(
+            status=problem.status, body=problem_json(problem), content_type=JSON, headers=headers
+        )
+        if self._is_draining or problem.status in (408, 413):
+            response.force_close()
+        return response
+
+    async def _models(self, _request: web.Request) -> web.Response:
+        cards = [msgspec.Raw(card) for card in self._watch.model_cards().values()]
+        return web.Response(body=msgspec.json.encode(_ModelList(cards)), content_type=JSON)
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _ready(self, _request: web.Request) -> web.Response:
+        engines = {each.url: each.state.value for each in self._watch.placer.table}
+        is_ready = not self._is_draining and any(each.is_usable for each in self._watch.placer.table)
+        status = "ready" if is_ready else "draining" if self._is_draining else "no engine is up"
+        body = msgspec.json.encode(_Readiness(status, engines))
+        return web.Response(status=200 if is_ready else 503, body=body, content_type=JSON)
+
+    async def _show_metrics(self, _request: web.Request) -> web.Response:
+        placer = self._watch.placer
+        for leg, tokens in (
+            ("prefill", sum(each.prefill_tokens for each in placer.table)),
+            ("decode", sum(each.decode_tokens for each in placer.table)),
+        ):
+            self._metrics.set("mooncake_router_outstanding_tokens", tokens, leg=leg)
+        states: dict[EngineState, int] = placer.table.count()
+        for state, count in states.items():
+            self._metrics.set("mooncake_router_engines", count, state=state.value)
+        self._metrics.set("mooncake_router_open_placements", placer.num_open)
+        self._metrics.set("mooncake_router_open_requests", self._num_open)
+        self._metrics.set("mooncake_router_prefix_entries", self._index.num_entries())
+        return web.Response(body=generate_latest(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn every error into OpenAI's shape; what nobody foresaw is logged with its traceback, never shown."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        problem = Problem(error.status, f"{request.method} {request.path}: {error.reason}")
+        return web.Response(status=error.status, body=problem_json(problem), content_type=JSON)
+    except (ConnectionResetError, asyncio.CancelledError):
+        raise
+    except Exception:  # the border of the process: one bad request must not look like a dead router
+        log.exception("request %s %s failed inside the router", request.method, request.path)
+        problem = Problem(500, "the router failed on this request; its log says why")
+        return web.Response(status=500, body=problem_json(problem), content_type=JSON)
+
+
+def _request_id(request: web.Request) -> str:
+    given = request.headers.get("X-Request-Id", "")
+    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _engine_headers(request: web.Request, request_id: str) -> CIMultiDict[str]:
+    headers: CIMultiDict[str] = CIMultiDict()
+    for name, value in request.headers.items():
+        if name.lower() not in _DROPPED_HEADERS:
+            headers.add(name, value)
+    headers["X-Request-Id"] = request_id
+    return headers
