@@ -95,4 +95,39 @@ def test_nothing_leaks(sequence):
     view.apply(sequence, 1)
     for node_id in NODES:
         view.apply([PageGone(node_id, page) for page in range(4)] + [MemberGone(node_id)], 2)
-    assert view._nodes == {} and view._holders == {} and view._members == {}
+    assert view._nodes == {} and view._holders == {} and view._members == {} and len(view._runs) == 0
+
+
+LONG = make_keys(100, "long")
+FOREIGN = make_keys(3, "foreign")
+
+
+@st.composite
+def stretches(draw):
+    """A page as prompts make it: stretches of consecutive blocks, now and then with a gap or a stranger."""
+    keys = []
+    for _ in range(draw(st.integers(1, 3))):
+        start = draw(st.integers(0, 99))
+        keys += LONG[start : start + draw(st.integers(1, 60))]
+        if draw(st.booleans()):
+            keys.append(draw(st.sampled_from(FOREIGN)))
+    return tuple(keys)
+
+
+long_events = st.one_of(
+    nodes.map(lambda node_id: MemberPut(node_id, MEMBERS[node_id])),
+    nodes.map(MemberGone),
+    st.builds(PagePut, nodes, page_numbers, stretches()),
+    st.builds(PageGone, nodes, page_numbers),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(long_events, max_size=25), st.lists(stretches(), min_size=1, max_size=4))
+def test_match_by_runs_equals_match_by_blocks(sequence, prompts):
+    view = DirectoryView()
+    for event in [MemberPut("a", MEMBERS["a"]), MemberPut("b", MEMBERS["b"]), *sequence]:
+        view.apply([event], 1)
+    for prompt in [*prompts, tuple(LONG), LONG[3:]]:
+        located = [*view.locate(prompt), ()]
+        assert view.match(prompt) == located.index(())

@@ -7,6 +7,7 @@ that ``locate`` names is in ``members``.
 Data structures, chosen for the reader::
 
     _holders   block key -> tuple of node ids      one probe per block; the tuples are shared between blocks
+    _runs      first key of a run -> run           matches 16 blocks with one probe (runs.py)
     _nodes     node id -> _Node(member, pages)     pages: page number -> the keys it holds
     _Node.repeated   key -> extra pages that list it   normally empty: a key being moved between two pages
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from mooncake_store.directory.runs import RunIndex
 from mooncake_store.directory.schema import Event, MemberPut, PageGone, PagePath, PagePut
 from mooncake_store.types import BlockKey, Member, NodeId
 
@@ -46,6 +48,7 @@ class DirectoryView:
     def __init__(self) -> None:
         self.revision = 0
         self._holders: dict[BlockKey, tuple[NodeId, ...]] = {}
+        self._runs = RunIndex()
         self._nodes: dict[NodeId, _Node] = {}
         self._members: dict[NodeId, Member] = {}
         self._groups: dict[tuple[NodeId, ...], tuple[NodeId, ...]] = {}
@@ -78,13 +81,7 @@ class DirectoryView:
 
     def match(self, keys: Sequence[BlockKey]) -> int:
         """Return how many leading keys have a replica."""
-        holders = self._holders
-        num_matched = 0
-        for key in keys:
-            if key not in holders:
-                break
-            num_matched += 1
-        return num_matched
+        return self._runs.match(keys, self._holders)
 
     def pages_of(self, node_id: NodeId) -> dict[int, tuple[BlockKey, ...]]:
         """Return a copy of a node's pages, visible or not."""
@@ -139,6 +136,7 @@ class DirectoryView:
         if is_new:
             for keys in node.pages.values():
                 self._show(node, keys)
+                self._runs.add(keys)
         self._seen(event.node_id)
 
     def _drop_member(self, node_id: NodeId) -> None:
@@ -147,6 +145,7 @@ class DirectoryView:
         if node is None or node.member is None:
             return
         for keys in node.pages.values():
+            self._runs.remove(keys)
             self._hide(node, keys)
         node.member = None
         self._members.pop(node_id, None)
@@ -162,6 +161,8 @@ class DirectoryView:
         if node.member is not None and old != keys:
             old_set = set(old)
             self._show(node, [key for key in keys if key not in old_set])
+            self._runs.remove(old)
+            self._runs.add(keys)
             self._hide(node, [key for key in old if key not in new_set])
         self._seen(PagePath(event.node_id, event.page))
 
@@ -174,6 +175,7 @@ class DirectoryView:
         if keys is None:
             return
         if node.member is not None:
+            self._runs.remove(keys)
             self._hide(node, keys)
         self._forget_if_empty(node_id, node)
 

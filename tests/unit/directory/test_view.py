@@ -81,7 +81,7 @@ def test_nothing_is_left_of_nodes_that_went():
         node_id = f"n{number}"
         view.apply([MemberPut(node_id, make_member(node_id)), page(node_id, 0, 0, 1)], number)
         view.apply([MemberGone(node_id), PageGone(node_id, 0)], number)
-    assert view._nodes == {} and view._holders == {} and view._members == {}
+    assert view._nodes == {} and view._holders == {} and view._members == {} and len(view._runs) == 0
     assert len(view._groups) <= 4096
 
 
