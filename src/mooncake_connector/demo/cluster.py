@@ -184,8 +184,9 @@ def store_spec(name: str, *, directory: str, memory: str) -> ProcessSpec:
 def router_spec(port: int, *, prefill: list[str], decode: list[str], placement: str) -> ProcessSpec:
     """Describe the router in front of the engines."""
     flags = [flag for url in prefill for flag in ("--prefill", url)] + [f for url in decode for f in ("--decode", url)]
-    return ProcessSpec(name="router", stop_order=0, ready_timeout_s=60.0, ready_url=f"http://127.0.0.1:{port}/health",
-                       command=verb_command("router", *flags, "--port", str(port), "--placement", placement),
+    return ProcessSpec(name="router", stop_order=0, ready_timeout_s=60.0, ready_url=f"http://127.0.0.1:{port}/ready",
+                       command=verb_command("router", *flags, "--port", str(port), "--placement", placement,
+                                            "--drain-timeout", "3"),
                        hint="read the log; do both engines answer /health?")
 
 
