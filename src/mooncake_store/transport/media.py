@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 COOL_DOWN_S = 30.0
 COOLING_MAX = 4096
+SMALL_READ_BYTES = 4096
+"""Smaller reads, of epoch words, are counted with the next larger one: counting costs as much as reading."""
 
 
 class ProbedTransport(Transport, Protocol):
@@ -247,6 +249,7 @@ class MediaAttachment:
         self._is_closed = False
         self._inner: Attachment | None = None
         self._return_at_ns = 0
+        self._uncounted_bytes = 0
         self._use(opened)
 
     def read(self, batch: ReadBatch, *, deadline_ns: int) -> ReadResult:
@@ -258,7 +261,11 @@ class MediaAttachment:
             batch.check(self.region.size_bytes)
             return ReadResult.failed(batch, self._unusable)
         result = inner.read(batch, deadline_ns=deadline_ns)
-        self._media._count(self.medium, result.num_bytes)
+        if result.num_bytes < SMALL_READ_BYTES:
+            self._uncounted_bytes += result.num_bytes
+        else:
+            self._media._count(self.medium, result.num_bytes + self._uncounted_bytes)
+            self._uncounted_bytes = 0
         if result.error is None:
             return result
         return self._retry(batch, result, deadline_ns)
@@ -271,6 +278,7 @@ class MediaAttachment:
             self._unusable: MooncakeError = TransferFailed("attachment is closed")
         if inner is not None:
             inner.close()
+            self._media._count(self.medium, self._uncounted_bytes)
 
     def _retry(self, batch: ReadBatch, result: ReadResult, deadline_ns: int) -> ReadResult:
         ok = result.ok.copy()

@@ -61,12 +61,13 @@ def test_refusals_say_what_to_do(monkeypatch, code, error, says):
     owned = Owned(transport, "private")
     attachment = transport.attach(owned.descriptor, deadline_ns=soon())
 
-    def refuse(pid, local, remote):
+    def refuse(pid, local, num_local, remote, num_remote):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(libc, "read_process", refuse)
-    result = attachment.read(Target(np.array([0]), np.array([8])).batch, deadline_ns=soon())
-    assert type(result.error) is error and says in result.error.message
+    monkeypatch.setattr(libc, "read_process_at", refuse)
+    for count in (1, 3):
+        result = attachment.read(Target(np.arange(count), np.full(count, 8)).batch, deadline_ns=soon())
+        assert type(result.error) is error and says in result.error.message and not result.ok.any()
     if code == errno.EPERM:
         assert "SYS_PTRACE" in result.error.hint
         assert "ptrace_scope" in transport.probe()
