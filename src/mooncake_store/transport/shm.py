@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 
-from mooncake_store.errors import MooncakeError, PeerUnreachable, TransferFailed
+from mooncake_store.errors import CapacityExceeded, MooncakeError, PeerUnreachable, TransferFailed
 from mooncake_store.transport.base import LocalMemory, ReadBatch, ReadResult, RegionDescriptor, RegionGone, ShmOffer
 from mooncake_store.transport.copying import copy_batch
 from mooncake_store.transport.guard import GuardPage
@@ -113,7 +113,7 @@ class ShmTransport:
             guard = Mapping(guard_fd, PAGE_BYTES, writable=False)
             if region.size_bytes <= POPULATE_MAX_BYTES:
                 populate(mapping.address, region.size_bytes, for_writing=False)
-        except OSError as error:
+        except (OSError, CapacityExceeded) as error:
             raise TransferFailed(f"cannot map {region.size_bytes} bytes of the owner: {error}", where="shm") from error
         finally:
             os.close(memfd)

@@ -32,12 +32,11 @@ CRC_BYTES = 4
 REQUEST_MAX_BYTES = HEADER_BYTES + READ_BYTES * FRAME_READS_MAX
 
 WANT_CRC = 1
-OK, UNKNOWN_REGION, OUT_OF_BOUNDS, BAD_REQUEST, BUSY = range(5)
+OK, UNKNOWN_REGION, OUT_OF_BOUNDS, BAD_REQUEST = range(4)
 STATUS_TEXT = {
     UNKNOWN_REGION: "the owner does not serve this region (any more)",
     OUT_OF_BOUNDS: "the owner says the read is outside the region",
     BAD_REQUEST: "the owner could not understand the request",
-    BUSY: "the owner has too many connections",
 }
 
 
