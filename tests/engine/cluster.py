@@ -61,8 +61,10 @@ class Fleet:
     def __init__(self, run_dir: Path, dtype: str, *, shared: Fleet | None = None) -> None:
         self.supervisor = Supervisor(run_dir, report=lambda line: print(line, file=sys.stderr, flush=True))
         self.options = options(dtype, cache_gib=2 if dtype == "float32" else 1)
-        self.cell = Cell(self.supervisor, options=self.options, memory="2GiB", connector={
-            "verify": True, "segment_bytes": "2GiB", "handoff_lease_s": LEASE_S, "membership_ttl_s": 5})
+        # the 40 prompts of test_tokens are 1.1 GiB of float32 blocks
+        segment = "1536MiB" if dtype == "float32" else "256MiB"
+        self.cell = Cell(self.supervisor, options=self.options, memory="1536MiB", connector={
+            "verify": True, "segment_bytes": segment, "handoff_lease_s": LEASE_S, "membership_ttl_s": 5})
         self.shared = shared
         self.lone_url = f"http://127.0.0.1:{self.cell.spare_port}"
         self.status: CellStatus | None = None

@@ -24,6 +24,7 @@ from mooncake_store.config import StoreConfig, load_config
 
 STORE_JOIN_TIMEOUT_S = 30.0
 KEEP_CHECK_S = 2.0
+ENGINE_SEGMENT = "512MiB"
 
 
 def add_parser(subparsers: Any) -> None:
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     _say(f"logs: {run_dir}")
     with sigterm_unwinds(), Supervisor(run_dir, report=_say) as supervisor:
         _say(f"starting etcd, a store node and two engines in {options.dtype} (a minute or two on two cores)")
-        cell = Cell(supervisor, options=options, memory=args.memory)
+        cell = Cell(supervisor, options=options, memory=args.memory, connector={"segment_bytes": ENGINE_SEGMENT})
         cell.start()
         report = _play(cell, args, began)
         _publish(report, output)
