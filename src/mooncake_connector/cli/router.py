@@ -42,6 +42,7 @@ def add_parser(subparsers: Any) -> None:
         description="Answer OpenAI-style requests by prefilling on one engine and decoding on another.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     engines = parser.add_argument_group("engines", "base URLs; each flag takes several and may be repeated")
     for name, text in (

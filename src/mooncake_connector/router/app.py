@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 BACKLOG_MAX = 4096
 CLIENT_KEEPALIVE_S = 75.0
-CLOSE_TIMEOUT_S = 2.0
+CLOSE_TIMEOUT_S = 0.5
 HEADER_MAX_BYTES = 16 << 10
 
 

@@ -75,6 +75,7 @@ class Exchange:
     async def run(self, request: web.Request) -> web.StreamResponse:
         """Answer the client. Bounded by the total timeout; every failure becomes an OpenAI-style error."""
         response: web.StreamResponse | None = None
+        opened: StreamedAnswer | WholeAnswer | Problem | None = None
         try:
             async with asyncio.timeout(self._services.total_timeout_s):
                 opened = await self._open()
@@ -87,9 +88,9 @@ class Exchange:
         except TimeoutError:
             self.outcome = "timeout"
             problem = Problem(504, f"the request took more than {self._services.total_timeout_s:g} s")
-            if response is None or not response.prepared:
+            if response is None or not response.prepared or not isinstance(opened, StreamedAnswer):
                 return self._answer_problem(problem)
-            await _end_late(request, response, problem)
+            await _end_late(request, response, problem_event(problem, tail=opened.tail))
             return response
         except (asyncio.CancelledError, ConnectionResetError):
             self.outcome = "client_gone"
@@ -102,10 +103,12 @@ class Exchange:
         """Get the first byte of an answer, from a second engine if need be."""
         excluded: tuple[str, ...] = ()
         failure: LegFailure | None = None
-        for _ in range(DECODE_ATTEMPTS_MAX):
+        for attempt in range(DECODE_ATTEMPTS_MAX):
             placed = self._place(excluded)
             if isinstance(placed, Refused):
                 break
+            if attempt:
+                self._metrics.add("mooncake_router_retries_total", leg="decode")
             opened = await self._attempt(placed)
             if not isinstance(opened, LegFailure):
                 return opened
@@ -115,7 +118,6 @@ class Exchange:
             if opened.kind == "timeout":
                 break
             log.warning("request %s: decode on %s failed: %s", self._request_id, opened.url, opened.message)
-            self._metrics.add("mooncake_router_retries_total", leg="decode")
         else:
             placed = None
         if failure is not None:
@@ -348,11 +350,11 @@ def _abandon(decode: asyncio.Task[Opened]) -> None:
         decode.result().close()  # type: ignore[union-attr]
 
 
-async def _end_late(request: web.Request, response: web.StreamResponse, problem: Problem) -> None:
+async def _end_late(request: web.Request, response: web.StreamResponse, last_words: bytes) -> None:
     """End a stream that ran out of time; a client that does not read is cut off."""
     try:
         async with asyncio.timeout(LAST_WORDS_S):
-            await response.write(problem_event(problem, tail=b"."))
+            await response.write(last_words)
             await response.write_eof()
     except (TimeoutError, ConnectionResetError):
         if request.transport is not None:

@@ -21,7 +21,7 @@ from mooncake_store.metrics import Metrics
 log = logging.getLogger(__name__)
 
 QUEUE_MAX = 10_000
-EXPIRE_EVERY_S = 5.0
+EXPIRE_EVERY_S = 1.0
 GARBAGE_LOG_EVERY = 1000
 
 

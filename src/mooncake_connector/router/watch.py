@@ -29,7 +29,6 @@ AWAY_INTERVAL_S = 0.5
 WAKE_PAUSE_S = 0.1
 PROGRESS_EVERY_S = 15.0
 MODELS_MAX = 1024
-ANSWER_MAX_BYTES = 4 << 20
 
 
 class _ModelCard(msgspec.Struct):
@@ -108,7 +107,7 @@ class EngineWatch:
 
     async def wait_settled(self, timeout_s: float) -> None:
         """Wait until every engine given at the start was asked once, so that the first clients are not refused."""
-        if self._settled.is_set():
+        if self._settled.is_set() or not self._first_rounds:
             return
         try:
             async with asyncio.timeout(timeout_s):
@@ -213,7 +212,7 @@ class EngineWatch:
                 async with self._legs.session.get(f"{url}/v1/models", headers=self._headers) as response:
                     if response.status != 200:
                         return _Checked(f"/v1/models answers {response.status}", False, {})
-                    data = await response.content.read(ANSWER_MAX_BYTES)
+                    data = await response.read()
             raw_cards = msgspec.json.decode(data, type=_ModelsAnswer).data[:MODELS_MAX]
             return _Checked("", False, {msgspec.json.decode(raw, type=_ModelCard).id: bytes(raw) for raw in raw_cards})
         except aiohttp.ClientConnectorError as error:

@@ -53,6 +53,7 @@ class FakeEngine:
         self.needs_prefill: set[str] | None = None
         self.prefilled: set[str] = set()
         self.health_status = 200
+        self.health_s = 0.0
         self.calls: list[Call] = []
         self.num_cancelled = 0
         self.num_open = 0
@@ -97,6 +98,7 @@ class FakeEngine:
             self._runner = None
 
     async def _health(self, _request: web.Request) -> web.Response:
+        await asyncio.sleep(self.health_s)
         return web.Response(status=self.health_status)
 
     async def _models(self, _request: web.Request) -> web.Response:
