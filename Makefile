@@ -48,11 +48,12 @@ test-engine: env ## tests on the real processes: vLLM servers, router, etcd, sto
 bench: env ## run every benchmark (ARGS="--quick" for a short run); writes out/*.json
 	$(BIN)/python tests/environment/run_benchmarks.py --out out $(ARGS)
 
-check: env-base ## ruff, mypy, import-linter, house rules
+check: env-base ## ruff, mypy, import-linter, house rules, documentation
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --cache-dir .import_linter_cache --no-logo
 	$(PYTEST) -q tests/test_house_rules.py
+	$(BIN)/python tests/environment/check_docs.py
 
 docs: env-base ## check links and commands in the documentation, and refresh the generated pages
 	$(BIN)/python tests/environment/check_docs.py --write

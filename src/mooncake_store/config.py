@@ -64,7 +64,7 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     debug: bool = False
 
 
-C = TypeVar("C", bound=StoreConfig)
+C = TypeVar("C", bound=msgspec.Struct)
 
 
 class Loaded(NamedTuple, Generic[C]):
@@ -129,21 +129,23 @@ def environment_name(key: str) -> str:
     return ENV_PREFIX + key.upper()
 
 
-def environment_values(cls: type[StoreConfig], environ: Mapping[str, str]) -> dict[str, str]:
+def environment_values(cls: type[msgspec.Struct], environ: Mapping[str, str]) -> dict[str, str]:
     """Return the keys that the environment sets, unparsed. An empty variable counts as not set."""
     found = {key: environ.get(environment_name(key), "") for key in cls.__struct_fields__}
     return {key: value for key, value in found.items() if value}
 
 
-def unknown_environment(cls: type[StoreConfig], environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def unknown_environment(cls: type[msgspec.Struct], environ: Mapping[str, str] | None = None) -> dict[str, str]:
     """Return ``MOONCAKE_*`` variables that set nothing -> the nearest one that would, or an empty string.
 
     They are no error, because other programs use the prefix too.
     """
-    known = [ENV_FILE, *(environment_name(key) for key in cls.__struct_fields__)]
-    names = os.environ if environ is None else environ
-    unknown = sorted(name for name in names if name.startswith(ENV_PREFIX) and name not in known)
-    return {name: _nearest(name, known) for name in unknown}
+    # Compared without the prefix, which would make every pair look alike.
+    known = [name.removeprefix(ENV_PREFIX) for name in (ENV_FILE, *map(environment_name, cls.__struct_fields__))]
+    names = [name for name in (os.environ if environ is None else environ) if name.startswith(ENV_PREFIX)]
+    unknown = sorted(name for name in names if name.removeprefix(ENV_PREFIX) not in known)
+    nearest = {name: _nearest(name.removeprefix(ENV_PREFIX), known) for name in unknown}
+    return {name: ENV_PREFIX + near if near else "" for name, near in nearest.items()}
 
 
 def wants_debug(environ: Mapping[str, str] | None = None) -> bool:
@@ -174,7 +176,7 @@ def parse_size(text: str, *, where: str = "") -> int:
     return int(size)
 
 
-def describe_fields(cls: type[StoreConfig]) -> dict[str, str]:
+def describe_fields(cls: type[msgspec.Struct]) -> dict[str, str]:
     """Return key -> its description, taken from the ``Attributes:`` of the class and of its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -185,7 +187,7 @@ def describe_fields(cls: type[StoreConfig]) -> dict[str, str]:
     return found
 
 
-def config_schema(cls: type[StoreConfig]) -> dict[str, Any]:
+def config_schema(cls: type[msgspec.Struct]) -> dict[str, Any]:
     """Return the JSON Schema of a configuration file; sizes may also be strings such as ``2GiB``."""
     schema = msgspec.json.schema(cls)
     definition = schema["$defs"].pop(cls.__name__)
@@ -223,7 +225,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     return values
 
 
-def _reject_unknown(cls: type[StoreConfig], given: Mapping[str, object], origin: str) -> None:
+def _reject_unknown(cls: type[msgspec.Struct], given: Mapping[str, object], origin: str) -> None:
     unknown = [key for key in given if key not in cls.__struct_fields__]
     if not unknown:
         return
@@ -239,7 +241,7 @@ def _nearest(name: str, known: Any) -> str:
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.7)), "")
 
 
-def _convert(cls: type[StoreConfig], field: msgspec.structs.FieldInfo, value: object, source: str) -> object:
+def _convert(cls: type[msgspec.Struct], field: msgspec.structs.FieldInfo, value: object, source: str) -> object:
     """Turn one given value into the field's type; strings are parsed, everything else must fit as it is."""
     where = f"$.{field.name} ({source})"
     is_text = isinstance(value, str)

@@ -11,7 +11,7 @@ import msgspec
 from mooncake_connector.cli.errors import EXIT_OK
 from mooncake_connector.cli.options import add_config_options, load_from
 from mooncake_connector.config import ConnectorConfig
-from mooncake_store.config import Loaded, config_schema, describe_fields, environment_name, unknown_environment
+from mooncake_store.config import Loaded, config_schema, unknown_environment
 
 
 def add_parser(subparsers: Any) -> None:
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 def format_settings(loaded: Loaded[ConnectorConfig]) -> str:
     """Return a table: key, value, origin; then variables with our prefix that set nothing."""
-    rows = [(key, _format_value(key, getattr(loaded.config, key)), origin) for key, origin in loaded.origins.items()]
+    rows = [(key, format_value(key, getattr(loaded.config, key)), origin) for key, origin in loaded.origins.items()]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"{key:<{widths[0]}}  {value:<{widths[1]}}  {origin}".rstrip() for key, value, origin in rows]
     for name, near in unknown_environment(ConnectorConfig).items():
@@ -59,17 +59,8 @@ def format_settings(loaded: Loaded[ConnectorConfig]) -> str:
     return "\n".join(lines)
 
 
-def format_reference() -> str:
-    """Return the table of ``docs/reference/config.md``."""
-    lines = ["| key | environment | default | meaning |", "|---|---|---|---|"]
-    defaults, descriptions = ConnectorConfig(), describe_fields(ConnectorConfig)
-    for key in ConnectorConfig.__struct_fields__:
-        value = _format_value(key, getattr(defaults, key))
-        lines.append(f"| `{key}` | `{environment_name(key)}` | `{value}` | {descriptions.get(key, '')} |")
-    return "\n".join(lines)
-
-
-def _format_value(key: str, value: object) -> str:
+def format_value(key: str, value: object) -> str:
+    """Return a setting's value as it may be written in the environment."""
     if isinstance(value, bool):
         return str(value).lower()
     if key.endswith("_bytes") and isinstance(value, int):
