@@ -46,7 +46,6 @@ VERBS = (
     Verb("status", "Look at it", "show the members of a cell and what each holds"),
     Verb("doctor", "Look at it", "check this machine and say what to change"),
     Verb("config", "Look at it", "show every setting with its origin, or the schema"),
-    Verb("bench", "Measure it", "measure media, directory and pool on this machine"),
 )
 
 EXAMPLES = """\
