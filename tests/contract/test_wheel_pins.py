@@ -26,7 +26,7 @@ PLATFORM = "x86_64-manylinux_2_34"
 
 ENGINES = ("vllm==0.33.0", "sglang==0.5.23")
 ADDED_MAX = {"mooncake-plugin", "etcd-sdk-python"}
-"""The client of etcd is the one thing that engines do not carry; what it needs in turn (grpcio), both do."""
+"""The client of etcd is the one thing engines do not carry; what it needs in turn (grpcio, protobuf), both do."""
 
 pytestmark = pytest.mark.timeout(2 * TIMEOUT_S)
 
@@ -104,6 +104,7 @@ def test_wheel_is_pure_and_asks_for_floors_only(wheel: Path) -> None:
     required = [Requirement(text) for text in metadata.get_all("Requires-Dist", [])]
     runtime = [requirement for requirement in required if "extra" not in str(requirement.marker or "")]
     assert {canonicalize_name(requirement.name) for requirement in runtime} == {
-        "aiohttp", "etcd-sdk-python", "msgspec", "numpy", "prometheus-client", "psutil", "pyzmq"}
+        "aiohttp", "etcd-sdk-python", "msgspec", "numpy", "prometheus-client", "protobuf", "psutil",
+        "pyzmq"}
     bounds = {specifier.operator for requirement in runtime for specifier in requirement.specifier}
     assert bounds <= {">="}, "a ceiling would make pip change the engine's packages"

