@@ -187,9 +187,11 @@ class Exchange:
 
     async def _send_decode(self, placed: Placed) -> Opened:
         """Send the decode leg and wait for its first byte, with an eye on the prefill leg."""
-        decode = self._start_decode(placed)
+        if self._prefill is None:
+            return await self._open_decode(placed)
+        decode = asyncio.create_task(self._open_decode(placed), name=f"decode {placed.decode_url}")
         try:
-            opened = await self._watch_both(decode)
+            opened = await self._watch_both(decode, self._prefill)
         except asyncio.CancelledError:
             _abandon(decode)
             raise
@@ -200,29 +202,23 @@ class Exchange:
         self._metrics.add("mooncake_router_retries_total", leg="decode")
         self._metrics.add("mooncake_router_colocated_total", reason="prefill_failed")
         self._placed = self._colocated(placed, "prefill_failed")
-        return await self._start_decode(self._placed)
+        return await self._open_decode(self._placed)
 
-    def _start_decode(self, placed: Placed) -> asyncio.Task[Opened]:
+    async def _open_decode(self, placed: Placed) -> Opened:
         body = decode_body(self._ask, placed.decode_params)
-        return asyncio.create_task(
-            self._services.legs.open_decode(
-                placed.decode_url, self._ask.route, body, self._headers, is_stream=self._ask.is_stream
-            ),
-            name=f"decode {placed.decode_url}",
+        return await self._services.legs.open_decode(
+            placed.decode_url, self._ask.route, body, self._headers, is_stream=self._ask.is_stream
         )
 
-    async def _watch_both(self, decode: asyncio.Task[Opened]) -> Opened | None:
+    async def _watch_both(self, decode: asyncio.Task[Opened], prefill: PrefillLeg) -> Opened | None:
         """Return what the decode leg brought; None when it is better sent anew because its prefill leg failed."""
-        prefill = self._prefill
-        waiting: set[asyncio.Task[Opened] | asyncio.Task[PrefillDone | LegFailure]] = {decode}
-        if prefill is not None:
-            waiting.add(prefill.task)
+        waiting: set[asyncio.Task[Opened] | asyncio.Task[PrefillDone | LegFailure]] = {decode, prefill.task}
         wait_s: float | None = None
         while True:
             done, _ = await asyncio.wait(waiting, timeout=wait_s, return_when=asyncio.FIRST_COMPLETED)
             if decode in done:
                 return decode.result()
-            if not done or prefill is None:
+            if not done:
                 return None
             waiting.discard(prefill.task)
             outcome = prefill.outcome()
