@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import aiohttp
 import msgspec
@@ -18,6 +19,9 @@ from mooncake_connector.demo.status import CellStatus, by_label, difference, scr
 from mooncake_store.errors import MooncakeError
 
 DOCUMENT = Path(__file__).with_name("document.txt")
+T = TypeVar("T")
+
+PROGRESS_S = 8.0
 SETTLE_S = 0.4
 HANDOFF_RUNS = 3
 HANDOFF_BUDGET_S = 12.0
@@ -26,9 +30,9 @@ SAVE_TIMEOUT_S = 20.0
 QUESTIONS = (
     ("What is the capital of France?", "Paris"),
     ("How many days are in a week?", "seven|7"),
-    ("What is the largest planet in the solar system?", "Jupiter"),
+    ("What is the opposite of hot?", "cold"),
     ("What is the chemical symbol for water?", "H2O"),
-    ("What is the capital of Italy?", "Rome"),
+    ("What is the capital of Japan?", "Tokyo"),
 )
 TURNS = (
     "I want to grow tomatoes on my balcony. How do I start?",
@@ -128,8 +132,14 @@ class Stage:
     def __init__(self, cell: Cell, status: CellStatus, *, is_quick: bool, report: Callable[[str], None]) -> None:
         self.cell = cell
         self.is_quick = is_quick
-        self.report = report
+        self._report = report
+        self._reported_at = time.monotonic()
         self._status = status
+
+    def report(self, line: str) -> None:
+        """Report progress."""
+        self._reported_at = time.monotonic()
+        self._report(line)
 
     async def play(self, http: aiohttp.ClientSession) -> list[Scene]:
         """Play scenes a to d."""
@@ -163,8 +173,9 @@ class Stage:
                     break
                 # a prompt nobody has seen: the document from another word on, with a first token of its own
                 prompt = [100 + length % 97 + index, *words[index * 7:]][:length]
-                runs.append(await hand_over(http, prefill_url=cell.prefill_url, decode_url=cell.decode_url, peer=peer,
-                                            prompt=prompt, max_tokens=4))
+                runs.append(await self._never_silent(hand_over(
+                    http, prefill_url=cell.prefill_url, decode_url=cell.decode_url, peer=peer, prompt=prompt,
+                    max_tokens=4)))
                 if math.isnan(runs[-1].exposed_s):
                     raise AskFailed(f"no token came: {runs[-1].decode.error or runs[-1].prefill_error}",
                                     where=cell.decode_url, hint="read decode.log and prefill.log")
@@ -177,7 +188,7 @@ class Stage:
         self.report(f"scene {name}: {title}")
         scene = Scene(name=name, title=title)
         before, began = self._sample(), time.monotonic()
-        answers = await play(http, scene)
+        answers = await self._never_silent(play(http, scene))
         elapsed = time.monotonic() - began
         await asyncio.sleep(SETTLE_S)
         after = self._sample()
@@ -200,6 +211,14 @@ class Stage:
         scene.ttft_reused_s = statistics.median(reused) if reused else None
         return scene
 
+    async def _never_silent(self, work: Awaitable[T]) -> T:
+        """Wait for ``work`` and report at least every PROGRESS_S."""
+        task, began = asyncio.ensure_future(work), time.monotonic()
+        while not (await asyncio.wait([task], timeout=0.5))[0]:
+            if time.monotonic() - self._reported_at > PROGRESS_S:
+                self.report(f"  {time.monotonic() - began:3.0f} s: computing")
+        return task.result()
+
     async def _ask(self, http: aiohttp.ClientSession, scene: Scene, messages: list[dict[str, str]],
                    max_tokens: int) -> Answer:
         """Ask through the router and note the answer; whether it was reused comes from the prefill's counters."""
@@ -213,7 +232,7 @@ class Stage:
         scene.answers.append(AnswerNote(messages[-1]["content"][-200:], answer.text, answer.prompt_tokens,
                                         answer.ttft_s, reused * 2 >= answer.prompt_tokens))
         self.report(f"  {answer.ttft_s:6.2f} s  {answer.prompt_tokens:5d} tokens, {round(reused):5d} reused  "
-                    f"{_shorten(messages[-1]['content'], 46)} -> {_shorten(answer.text, 50)}")
+                    f"{_tail(messages[-1]['content'], 46)} -> {_head(answer.text, 50)}")
         return answer
 
     async def _questions(self, http: aiohttp.ClientSession, scene: Scene) -> list[Answer]:
@@ -285,9 +304,14 @@ def _about(question: str) -> str:
     return f"{DOCUMENT.read_text()}\nAnswer in one short sentence. {question}"
 
 
-def _shorten(text: str, length: int) -> str:
+def _tail(text: str, length: int) -> str:
     line = " ".join(text.split())
     return line if len(line) <= length else "..." + line[-length + 3:]
+
+
+def _head(text: str, length: int) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= length else line[:length - 3] + "..."
 
 
 def _whole(values: dict[str, float]) -> dict[str, int]:
