@@ -32,6 +32,7 @@ from mooncake_store.metrics import Metrics
 log = logging.getLogger(__name__)
 
 DECODE_ATTEMPTS_MAX = 2
+CLIENT_GONE = Problem(500, "the client closed the connection")
 RETRY_AFTER_S = 1
 LAST_WORDS_S = 1.0
 
@@ -92,12 +93,19 @@ class Exchange:
                 return self._answer_problem(problem)
             await _end_late(request, response, problem_event(problem, tail=opened.tail))
             return response
-        except (asyncio.CancelledError, ConnectionResetError):
-            self.outcome = "client_gone"
-            self._metrics.add("mooncake_router_disconnects_total")
+        except asyncio.CancelledError:
+            self._note_client_gone()
             raise
+        except ConnectionResetError:
+            self._note_client_gone()
+            # Raised on, aiohttp would log a client that left as an error of ours, with a traceback.
+            return self._answer_problem(CLIENT_GONE) if response is None else response
         finally:
             self._finish(is_prefill_kept=self.outcome == "ok")
+
+    def _note_client_gone(self) -> None:
+        self.outcome = "client_gone"
+        self._metrics.add("mooncake_router_disconnects_total")
 
     async def _open(self) -> StreamedAnswer | WholeAnswer | Problem:
         """Get the first byte of an answer, from a second engine if need be."""
@@ -196,6 +204,8 @@ class Exchange:
             _abandon(decode)
             raise
         if opened is not None:
+            if not decode.done():
+                _abandon(decode)
             return opened
         _abandon(decode)
         log.warning("request %s: sent anew as a plain request to %s", self._request_id, placed.decode_url)
@@ -223,6 +233,8 @@ class Exchange:
             waiting.discard(prefill.task)
             outcome = prefill.outcome()
             if isinstance(outcome, LegFailure):
+                if outcome.complaint is not None:
+                    return outcome.complaint  # the decode engine would only wait for a prefill that never comes
                 wait_s = recovery_wait_s(
                     self._services.patience,
                     is_refusal=outcome.kind == "refused",

@@ -25,21 +25,9 @@ READ_BUFFER_BYTES = 64 << 10
 TAIL_BYTES = 64
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
+BAD_REQUEST_STATUSES = frozenset({400, 413, 422})
 
 FailureKind = Literal["unsent", "lost", "refused", "timeout"]
-
-
-class LegFailure(NamedTuple):
-    """A leg that brought nothing.
-
-    ``unsent``: no connection, the engine saw nothing; ``lost``: the connection broke; ``refused``: the engine, alive,
-    answered with an error ``status``; ``timeout``: a deadline passed.
-    """
-
-    kind: FailureKind
-    url: str
-    message: str
-    status: int = 0
 
 
 class WholeAnswer(NamedTuple):
@@ -48,6 +36,21 @@ class WholeAnswer(NamedTuple):
     status: int
     content_type: str
     body: bytes
+
+
+class LegFailure(NamedTuple):
+    """A leg that brought nothing.
+
+    ``unsent``: no connection, the engine saw nothing; ``lost``: the connection broke; ``refused``: the engine, alive,
+    answered with an error ``status``; ``timeout``: a deadline passed. ``complaint`` is the engine's own answer when the
+    request itself is to blame, as opposed to the engine.
+    """
+
+    kind: FailureKind
+    url: str
+    message: str
+    status: int = 0
+    complaint: WholeAnswer | None = None
 
 
 class StreamedAnswer:
@@ -185,7 +188,8 @@ class Legs:
             ):
                 data = await response.read()
                 if response.status != 200:
-                    return LegFailure("refused", leg.url, _summary(response.status, data), response.status)
+                    complaint = _complaint(response, data)
+                    return LegFailure("refused", leg.url, _summary(response.status, data), response.status, complaint)
                 return PrefillDone(leg.url, loop.time() - start_s, read_introduction(data, ()))
         except TimeoutError:
             kind: FailureKind = "timeout" if leg.is_sent else "unsent"
@@ -255,6 +259,13 @@ async def _mark_sent(
     leg = getattr(context, "trace_request_ctx", None)
     if isinstance(leg, PrefillLeg):
         leg.mark_sent()
+
+
+def _complaint(response: aiohttp.ClientResponse, body: bytes) -> WholeAnswer | None:
+    """Return an engine's answer to a bad request; None for errors that another engine might not make."""
+    if response.status not in BAD_REQUEST_STATUSES or not is_json(body):
+        return None
+    return WholeAnswer(response.status, response.headers.get("Content-Type", JSON), body)
 
 
 def _describe(error: BaseException) -> str:
