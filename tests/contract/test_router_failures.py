@@ -122,6 +122,13 @@ async def test_when_every_engine_fails_the_client_is_told(is_stream: bool) -> No
         error_of(body)
 
 
+async def test_an_engine_that_failed_is_not_asked_again_for_the_same_request() -> None:
+    async with running_cell(num_prefills=0, num_decodes=0, num_both=1) as cell:
+        cell.decode.set(fail_status=500)
+        assert (await cell.ask())[0] == 502
+        assert len(cell.decode.legs) == 1
+
+
 async def test_an_error_of_the_engine_reaches_the_client_unchanged_and_ends_the_prefill() -> None:
     async with running_cell() as cell:
         cell.prefill.set(prefill_s=5.0)

@@ -25,13 +25,18 @@ class PlacerMachine(RuleBasedStateMachine):
         self.deadlines: dict[str, int] = {}
         self.now_ns = 0
         self.num_placed = 0
+        for url, role in zip(URLS, ("prefill", "decode", "both"), strict=False):
+            self.introduce(url, role, True)
 
-    @rule(url=st.sampled_from(URLS), role=st.sampled_from(["prefill", "decode", "both"]), has_connector=st.booleans())
     def introduce(self, url, role, has_connector) -> None:
         # Roles and processes may change; engines are not removed here, because that forgets their count on purpose.
         self.placer.table.add(url, role)
         addresses = ("tcp://x:1",) if has_connector else ()
         self.placer.introduce(url, Introduction(("m",), f"{url}{has_connector}", addresses))
+
+    @rule(url=st.sampled_from(URLS), role=st.sampled_from(["prefill", "decode", "both"]), has_connector=st.booleans())
+    def introduce_again(self, url, role, has_connector) -> None:
+        self.introduce(url, role, has_connector)
 
     @rule(url=st.sampled_from(URLS), event=st.sampled_from([EngineEvent.HEALTHY, EngineEvent.FAILED, EngineEvent.LOST]))
     def observe(self, url, event) -> None:
