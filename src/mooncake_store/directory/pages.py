@@ -1,8 +1,8 @@
 """Lay our own block entries out in pages, and know which pages must be written [pure].
 
 A page is the unit of an etcd write: adding one key rewrites the page it lands in. New keys go to the page being filled;
-when it is full the emptiest page with at least half its slots free is taken, and only then a new one. So pages stay at
-least half full on average however keys come and go, and a bulk publication costs one write per 256 keys.
+when it is full, one of the emptiest pages with at least half its slots free is taken, and only then a new one. So pages
+stay at least half full on average however keys come and go, and a bulk publication costs one write per 256 keys.
 
 The table is *desired state*: a write that failed or whose outcome is unknown is simply marked dirty again.
 """
@@ -15,6 +15,9 @@ from typing import NamedTuple
 
 from mooncake_store.directory.schema import PAGE_ENTRIES_MAX
 from mooncake_store.types import BlockKey
+
+CANDIDATES_MAX = 16
+"""Pages with room that are compared when one is needed: after a mass eviction there are thousands."""
 
 
 class PageWrite(NamedTuple):
@@ -141,7 +144,8 @@ class PageTable:
 
     def _page_with_room(self) -> int:
         if self._roomy:
-            page = min(self._roomy, key=lambda candidate: len(self._pages[candidate]))
+            candidates = itertools.islice(self._roomy, CANDIDATES_MAX)
+            page = min(candidates, key=lambda candidate: len(self._pages[candidate]))
             del self._roomy[page]
             return page
         page = self._next_page
