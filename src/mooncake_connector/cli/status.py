@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         DirectoryUnavailable: it does not answer.
     """
     config = load_from(args).config
-    with closing(connect(config)) as directory:
+    with closing(connect(config, CONNECT_TIMEOUT_S)) as directory:
         while True:
             statuses = ask_all(list(directory.members().values()))
             if args.json:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             time.sleep(args.watch)
 
 
-def connect(config: StoreConfig, timeout_s: float = CONNECT_TIMEOUT_S) -> Directory:
+def connect(config: StoreConfig, timeout_s: float) -> Directory:
     """Open the directory as an onlooker and wait for its mirror.
 
     Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import subprocess
 import sys
 import types
@@ -20,9 +21,8 @@ Run = Callable[[argparse.Namespace], int]
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the loggers of this process, and its variables, out of it."""
-    monkeypatch.setattr(main_module, "set_up_logging", lambda level: None)
+def no_settings_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the variables of whoever runs the tests out of it."""
     for name in ("MOONCAKE_CONFIG", "MOONCAKE_DEBUG"):
         monkeypatch.delenv(name, raising=False)
 
@@ -152,6 +152,16 @@ def test_help_lists_the_verbs_in_groups(capsys: pytest.CaptureFixture[str], argu
 def test_every_verb_explains_itself(capsys: pytest.CaptureFixture[str], verb: str) -> None:
     assert main([verb, "--help"]) == 0
     assert capsys.readouterr().out.startswith(f"usage: mooncake {verb}")
+
+
+@pytest.mark.parametrize(("is_server", "level"), [(True, logging.INFO), (False, logging.ERROR)])
+def test_only_a_server_narrates(verb: Callable[[Run], None], monkeypatch: pytest.MonkeyPatch, is_server: bool,
+                                level: int) -> None:
+    """What a command prints is its answer, so its log is silent unless something is wrong."""
+    verb(lambda args: 0)
+    monkeypatch.setattr(main_module, "VERBS", (Verb("test", "Group", "help", is_server),))
+    assert main(["test"]) == 0
+    assert logging.getLogger("mooncake_store").level == level
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

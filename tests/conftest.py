@@ -1,0 +1,22 @@
+"""Keep tests from changing each other."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from mooncake_store.log import PACKAGES
+
+
+@pytest.fixture(autouse=True)
+def loggers_as_they_were() -> Iterator[None]:
+    """Undo what a command run inside a test does to the packages' loggers: the next test may look at log lines."""
+    loggers = [logging.getLogger(name) for name in PACKAGES]
+    before = [(logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.handlers[:] = handlers
