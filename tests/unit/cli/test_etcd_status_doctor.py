@@ -47,6 +47,7 @@ def etcd(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdServer]:
 @pytest.fixture(scope="module")
 def member(etcd: EtcdServer) -> Iterator[StoreClient]:
     with closing(StoreClient(StoreConfig(directory=etcd.url, segment_bytes=4 << 20), kind="store")) as client:
+        assert client.directory.flush(10.0), "joining is written behind"
         yield client
 
 
