@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -14,12 +15,14 @@ import pytest
 from engine.cluster import ANSWER_TIMEOUT_S, LEASE_S, Fleet, checked, random_prompt, run
 from mooncake_connector.demo.client import Answer, complete, introduce, post
 from mooncake_connector.demo.cluster import SERVED_NAME
+from mooncake_connector.demo.processes import cpu_seconds
 from mooncake_connector.demo.status import by_label, difference, scrape, total
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(600)]
 
-MIDDLE_TOKENS = 900     # long enough to be hit in the middle, short enough to be recomputed in 15 s on one slow core
+MIDDLE_TOKENS = 900     # several seconds, so that it is hit in the middle; recomputed in 15 s on one slow core
 EOS = 2
+BUSY_S = 1.5
 
 
 def external_tokens(grown: dict[str, float]) -> float:
@@ -27,12 +30,13 @@ def external_tokens(grown: dict[str, float]) -> float:
     return by_label(grown, "vllm:prompt_tokens_by_source_total").get("external_kv_transfer", 0)
 
 
-async def until_running(url: str, timeout_s: float = 10.0) -> None:
-    """Wait until an engine computes something."""
-    deadline = time.monotonic() + timeout_s
-    while not (await asyncio.to_thread(scrape, url)).get("vllm:num_requests_running"):
-        assert time.monotonic() < deadline, f"{url} never started"
-        await asyncio.sleep(0.1)
+async def until_computing(fleet: Fleet, timeout_s: float = 10.0) -> None:
+    """Wait until the prefill engine is in the middle of a step: vLLM's metrics do not show one before it ends."""
+    pids = fleet.supervisor.children["prefill"].pids()
+    began, deadline = cpu_seconds(pids), time.monotonic() + timeout_s
+    while cpu_seconds(pids) - began < BUSY_S:
+        assert time.monotonic() < deadline, "the prefill engine never started to compute"
+        await asyncio.sleep(0.05)
 
 
 def test_first_token_is_eos(healthy: Fleet) -> None:
@@ -126,7 +130,7 @@ def test_client_disconnects_during_prefill(healthy: Fleet) -> None:
     async def ask(http: aiohttp.ClientSession) -> None:
         task = asyncio.create_task(complete(http, healthy.cell.router_url, random_prompt(MIDDLE_TOKENS, 7),
                                             max_tokens=8))
-        await until_running(healthy.cell.prefill_url)
+        await until_computing(healthy)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
 
@@ -236,8 +240,7 @@ def test_prefill_killed_mid_prefill(healthy: Fleet) -> None:
     async def ask(http: Any) -> tuple[Any, Answer]:
         nonlocal killed_at
         task = asyncio.create_task(healthy.split(http, prompt))
-        await until_running(healthy.cell.prefill_url)
-        await asyncio.sleep(1)
+        await until_computing(healthy)
         healthy.supervisor.kill("prefill")
         killed_at = time.monotonic()
         split = await task
@@ -272,8 +275,7 @@ def test_decode_killed_mid_pull(healthy: Fleet) -> None:
 
     async def ask(http: Any) -> Any:
         task = asyncio.create_task(healthy.split(http, prompt))
-        await until_running(healthy.cell.prefill_url)
-        await asyncio.sleep(1)
+        await until_computing(healthy)
         healthy.supervisor.kill("decode")
         return await task
 
@@ -298,25 +300,20 @@ def test_worker_killed_alone_ends_its_engine(healthy: Fleet) -> None:
 
 
 def flip_segments(pid: int) -> int:
-    """Flip one byte of every 64 KiB of a process's pool segment, through its memfd; return how many."""
+    """Flip one byte of every 64 KiB of a process's own pool segment; return how many.
+
+    Through /proc/PID/mem: the memfd is sealed against everybody but the owner's mapping.
+    """
     flipped = 0
-    for descriptor in os.listdir(f"/proc/{pid}/fd"):
-        path = f"/proc/{pid}/fd/{descriptor}"
-        try:
-            target = os.readlink(path)
-        except OSError:
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        if "/memfd:mooncake-segment" not in line or line.split()[1][:2] != "rw":
             continue
-        if not target.startswith("/memfd:") or "mooncake" not in target:
-            continue
-        with open(path, "r+b", buffering=0) as segment:
-            size = segment.seek(0, os.SEEK_END)
-            if size < 16 << 20:     # not a segment: the page of epoch words
-                continue
-            for offset in range(100, size, 64 << 10):
-                segment.seek(offset)
-                byte = segment.read(1)
-                segment.seek(offset)
-                segment.write(bytes([byte[0] ^ 0xFF]))
+        begin, end = (int(word, 16) for word in line.split()[0].split("-"))
+        with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+            for address in range(begin + 100, end, 64 << 10):
+                memory.seek(address)
+                byte = memory.read(1)
+                memory.seek(address)
+                memory.write(bytes([byte[0] ^ 0xFF]))
                 flipped += 1
-        break
     return flipped
