@@ -125,7 +125,8 @@ def test_a_full_queue_skips_and_counts_instead_of_waiting(pair):
 def test_a_pool_smaller_than_what_is_saved_keeps_serving_right_bytes(pair):
     source, target = pair(segment_bytes=10 * LAYERS * 8192)
     source.step(save([f"{i}" for i in range(BLOCKS)], range(BLOCKS)))
-    source.until(lambda r: source.sample("mooncake_save_queue_blocks") == 0)
+    source.step(StepPlan(finished=[Finished("s", "", False, True, BLOCKS)]))
+    source.until(lambda r: r.sent == {"s"})
     target.step(load([f"{i}" for i in range(BLOCKS)], range(BLOCKS)))
     target.until(lambda r: r.received)
     good = [i for i in range(BLOCKS) if i not in target.results.bad_blocks]
