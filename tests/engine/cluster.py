@@ -60,7 +60,7 @@ class Fleet:
 
     def __init__(self, run_dir: Path, dtype: str, *, shared: Fleet | None = None) -> None:
         self.supervisor = Supervisor(run_dir, report=lambda line: print(line, file=sys.stderr, flush=True))
-        self.options = options(dtype, cache_gib=2 if dtype == "float32" else 1)
+        self.options = options(dtype, cache_gib=1)
         # the 40 prompts of test_tokens are 1.1 GiB of float32 blocks
         segment = "1536MiB" if dtype == "float32" else "256MiB"
         self.cell = Cell(self.supervisor, options=self.options, memory="1536MiB", connector={
