@@ -30,7 +30,8 @@ def parser(description: str, *, needs_engine: bool = False) -> argparse.Argument
     built.add_argument("--json", metavar="PATH", help="write {machine, versions, rows} here")
     built.add_argument("--quick", action="store_true", help="fewer and smaller runs: a check, not a measurement")
     if needs_engine:
-        built.add_argument("--python", "--engine-python", default=sys.executable, help="Python interpreter that has vLLM")
+        built.add_argument("--python", "--engine-python", default=sys.executable,
+                           help="Python interpreter that has vLLM")
         built.add_argument("--model", required=True, help="Hugging Face model folder")
         built.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
                            help="auto = float32 where the processor has no bfloat16 instructions")
