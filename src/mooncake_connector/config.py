@@ -5,9 +5,13 @@ The loader (precedence, sizes, suggestions) is shared with the store: mooncake_s
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from mooncake_store.config import StoreConfig
+import msgspec
+
+from mooncake_store.config import Seconds, StoreConfig
+
+Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class ConnectorConfig(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -27,8 +31,8 @@ class ConnectorConfig(StoreConfig, frozen=True, kw_only=True, forbid_unknown_fie
     pool: bool = True
     save_decode: bool = True
     publish: Literal["layer", "step"] = "layer"
-    handoff_lease_s: float = 10.0
-    handoff_timeout_s: float = 120.0
-    load_min_blocks: int = 1
-    save_queue_max_blocks: int = 1024
+    handoff_lease_s: Seconds = 10.0
+    handoff_timeout_s: Seconds = 120.0
+    load_min_blocks: Count = 1
+    save_queue_max_blocks: Count = 1024
     verify: bool = False

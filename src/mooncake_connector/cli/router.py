@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
-from typing import Any, cast
+from typing import Any
 
 from mooncake_connector.cli.errors import EXIT_OK, UsageError, port_number
 from mooncake_connector.router.app import serve
@@ -98,8 +98,7 @@ def load_router_config(args: argparse.Namespace) -> RouterConfig:
     """
     overrides = {name: getattr(args, name) for name in _OPTIONS}
     # The loader is written for StoreConfig but needs only a struct.
-    loader = cast(Any, load_config)
-    return cast(RouterConfig, loader(RouterConfig, overrides, environ={}, file=args.router_config_file))
+    return load_config(RouterConfig, overrides, environ={}, file=args.router_config_file)
 
 
 def _url(text: str) -> str:

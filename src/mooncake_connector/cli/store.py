@@ -8,7 +8,8 @@ import sys
 import threading
 from typing import Any
 
-from mooncake_store.config import StoreConfig, load_config
+from mooncake_connector.config import ConnectorConfig
+from mooncake_store.config import load_config
 from mooncake_store.errors import MooncakeError
 from mooncake_store.node import run_store_node
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop_event.set())
     try:
-        run_store_node(load_config(StoreConfig, overrides), stop_event)
+        run_store_node(load_config(ConnectorConfig, overrides), stop_event)
     except MooncakeError as error:
         print(error, file=sys.stderr)
         return EXIT_BAD_INPUT

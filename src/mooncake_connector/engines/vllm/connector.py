@@ -69,6 +69,7 @@ class MooncakeKVConnector(KVConnectorBase_V1, SupportsHMA):
         compat.Calm.install()
         transfer = self._kv_transfer_config
         config = load_config(ConnectorConfig, dict(transfer.kv_connector_extra_config or {}))
+        set_up_logging(config.log_level)
         engine_id = str(transfer.engine_id)
         self._directory = None
         self._scheduler: SchedulerSide | None = None
