@@ -112,7 +112,6 @@ class Pull(enum.Enum):
     WAITING = "waiting"      # blocks are here, the prefill has shown nothing yet
     READING = "reading"      # some of it is here
     ENDED = "ended"          # every needed block is here
-    DOOMED = "doomed"        # lost before the engine gave blocks; it will be told when it does
     FAILED = "failed"        # given up; the engine computes or fails the rest
     CANCELLED = "cancelled"  # the engine dropped the request
 
@@ -142,8 +141,9 @@ class PullStep(NamedTuple):
 _P = PullEvent
 PULL_TABLE: dict[tuple[Pull, PullEvent], PullStep] = {
     (Pull.ANNOUNCED, _P.STARTED): PullStep(Pull.WAITING, reports=False, releases=False),
-    # Lost before the engine gave blocks: nothing is parked yet, so nothing is reported until STARTED.
-    (Pull.ANNOUNCED, _P.LOST): PullStep(Pull.DOOMED, reports=False, releases=False),
+    # Lost before the engine gave blocks: nothing is parked, so nothing is reported. A later start subscribes anew, and
+    # the prefill's tombstone or silence ends that.
+    (Pull.ANNOUNCED, _P.LOST): PullStep(Pull.FAILED, reports=False, releases=True),
     (Pull.ANNOUNCED, _P.CANCELLED): PullStep(Pull.CANCELLED, reports=False, releases=True),
     (Pull.WAITING, _P.PROGRESS): PullStep(Pull.READING, reports=False, releases=False),
     (Pull.WAITING, _P.COMPLETE): PullStep(Pull.ENDED, reports=True, releases=True),
@@ -153,10 +153,6 @@ PULL_TABLE: dict[tuple[Pull, PullEvent], PullStep] = {
     (Pull.READING, _P.COMPLETE): PullStep(Pull.ENDED, reports=True, releases=True),
     (Pull.READING, _P.LOST): PullStep(Pull.FAILED, reports=True, releases=True),
     (Pull.READING, _P.CANCELLED): PullStep(Pull.CANCELLED, reports=True, releases=True),
-    # The engine parks a request on a transfer that was lost meanwhile.
-    (Pull.DOOMED, _P.STARTED): PullStep(Pull.FAILED, reports=True, releases=True),
-    (Pull.DOOMED, _P.CANCELLED): PullStep(Pull.CANCELLED, reports=False, releases=True),
-    (Pull.DOOMED, _P.LOST): PullStep(Pull.DOOMED, reports=False, releases=False),
     (Pull.FAILED, _P.CANCELLED): PullStep(Pull.FAILED, reports=False, releases=False),
     (Pull.FAILED, _P.LOST): PullStep(Pull.FAILED, reports=False, releases=False),
     (Pull.ENDED, _P.CANCELLED): PullStep(Pull.ENDED, reports=False, releases=False),

@@ -255,3 +255,21 @@ def test_an_empty_step_waits_for_news_only_while_something_is_parked(side):
     one.build(output())
     assert time.monotonic() - started < NEWS_WAIT_S / 2
     ringer.close()
+
+
+def test_a_prefix_that_the_same_step_computes_is_not_ready_before_it(side):
+    """vLLM lets a request hit blocks that another one of its batch is about to write."""
+    one = side(pool=False)
+    first, second = Request("a", 40), Request("b", 64, prefill_params(), num_computed_tokens=32)
+    for request in (first, second):
+        one.on_new_request(request)
+    tables = {"a": [7, 8, 9], "b": [7, 8, 20, 21]}
+    scheduled = types.SimpleNamespace(
+        total_num_scheduled_tokens=72, num_scheduled_tokens={"a": 40, "b": 32}, preempted_req_ids=set(),
+        kv_connector_block_state=types.SimpleNamespace(get_block_ids=lambda request_id: (tables[request_id],)))
+    (step,) = one.build(scheduled).prefills
+    assert (step.tokens_before, step.tokens_after) == (0, 64)
+    first.num_computed_tokens = 16      # now the first block was written by an earlier step
+    scheduled.num_scheduled_tokens = {"a": 24, "b": 32}
+    (step,) = one.build(scheduled).prefills
+    assert step.tokens_before == 16

@@ -67,6 +67,7 @@ class MooncakeKVConnector(KVConnectorBase_V1, SupportsHMA):
         compat.require_supported()
         set_up_logging()
         compat.Calm.install()
+        describe.require_supported_parallelism(vllm_config)
         transfer = self._kv_transfer_config
         config = load_config(ConnectorConfig, dict(transfer.kv_connector_extra_config or {}))
         set_up_logging(config.log_level)

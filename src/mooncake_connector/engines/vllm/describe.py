@@ -38,6 +38,15 @@ def require_one_group(kv_cache_config: KVCacheConfig) -> Any:
     return groups[0].kv_cache_spec
 
 
+def require_supported_parallelism(vllm_config: VllmConfig) -> None:
+    """Raise ConfigError for ways to split a model whose parts our pool keys do not tell apart."""
+    parallel = vllm_config.parallel_config
+    for name in ("pipeline_parallel_size", "decode_context_parallel_size", "prefill_context_parallel_size"):
+        if int(getattr(parallel, name, 1) or 1) > 1:
+            raise ConfigError(f"{name} is {getattr(parallel, name)}; only tensor and data parallelism are supported",
+                              where=f"--{name.replace('_', '-')}", hint="see docs/limits.md")
+
+
 def fingerprint(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Fingerprint:
     """Describe everything that must be equal to share bytes with this engine."""
     spec = require_one_group(kv_cache_config)

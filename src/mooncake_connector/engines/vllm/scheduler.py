@@ -215,6 +215,8 @@ class SchedulerSide:
             tracked = self._tracked.get(request_id)
             if tracked is not None:
                 self._plan_request(plan, tracked, num_tokens, output)
+        if plan.prefills and len(output.num_scheduled_tokens) > 1:
+            self._withhold_unwritten(plan, output)
         has_news = bool(plan.handoffs or plan.pool_loads or plan.announced or plan.finished or plan.cancelled)
         Calm.active = plan.is_empty
         if plan.is_empty and not has_news and (self._parked or self._held):
@@ -242,6 +244,26 @@ class SchedulerSide:
                                              request.num_prompt_tokens - 1, publish == "layer"))
         if saves:
             self._plan_save(plan, tracked, block_ids[0], last)
+
+    def _withhold_unwritten(self, plan: StepPlan, output: SchedulerOutput) -> None:
+        """Take back the readiness of prefix blocks that another request computes in this very step.
+
+        vLLM caches a block when it is allocated, so a request can hit blocks that the same batch is about to write
+        (v1/core/kv_cache_manager.py allocate_slots); to us they are ready only when the step, or its layer, is done.
+        """
+        state = output.kv_connector_block_state
+        written: set[int] = set()
+        for request_id, num_tokens in output.num_scheduled_tokens.items():
+            tracked = self._tracked.get(request_id)
+            block_ids = state.get_block_ids(request_id) if state is not None and tracked is not None else None
+            if tracked is not None and block_ids is not None:
+                before = tracked.request.num_computed_tokens
+                written.update(block_ids[0][before // self._block_size: -(-(before + num_tokens) // self._block_size)])
+        for step in plan.prefills:
+            prefix = step.block_ids[: step.tokens_before // self._block_size]
+            unwritten = next((i for i, block_id in enumerate(prefix) if block_id in written), None)
+            if unwritten is not None:
+                step.tokens_before = unwritten * self._block_size
 
     def _plan_save(self, plan: StepPlan, tracked: Tracked, block_ids: list[int], last: int) -> None:
         assert tracked.keys is not None and self._pool is not None
