@@ -23,7 +23,8 @@ BIN      := $(VENV)/bin
 PYTEST   := $(BIN)/python -m pytest
 
 UNIT_TESTS   := tests/unit tests/property tests/contract
-ENGINE_TESTS := tests/engine tests/e2e
+# The demo first: the engine tests keep their servers until the session ends, and all together do not fit into 24 GB.
+ENGINE_TESTS := tests/e2e tests/engine
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-unit test-engine bench check docs env env-base clean

@@ -38,3 +38,14 @@ def healthy(fleet: Fleet) -> Iterator[Fleet]:
     yield fleet
     fleet.heal()
     fleet.assert_nothing_held()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run what needs few engines first: all of them at once do not fit into the memory of a test machine."""
+    def weight(item: pytest.Item) -> int:
+        fixtures = getattr(item, "fixturenames", ())
+        return ("fleet" in fixtures) + ("fleet_bfloat16" in fixtures)
+
+    here = [item for item in items if "tests/engine/" in item.nodeid]
+    ordered = iter(sorted(here, key=weight))
+    items[:] = [next(ordered) if item in here else item for item in items]
