@@ -26,6 +26,7 @@ SETTLE_S = 0.4
 HANDOFF_RUNS = 3
 HANDOFF_BUDGET_S = 12.0
 SAVE_TIMEOUT_S = 20.0
+ROUTED_TIMEOUT_S = 60.0
 
 QUESTIONS = (
     ("What is the capital of France?", "Paris"),
@@ -153,9 +154,27 @@ class Stage:
             ("d concurrent", "eight requests at once", self._crowd))]
 
     async def play_again(self, http: aiohttp.ClientSession) -> Scene:
-        """Play scene e: the document again, for a prefill engine that has just been started."""
+        """Play scene e: the document again, for a prefill engine that has just been started.
+
+        Raises:
+            AskFailed: if the router does not take the engine back.
+        """
+        await self._until_routed(http)
         return await self._scene(http, "e restarted", "the document, after the prefill engine was restarted",
                                  self._document_again)
+
+    async def _until_routed(self, http: aiohttp.ClientSession) -> None:
+        """Wait until the router has heard from both engines: a restarted one has new addresses to learn."""
+        deadline = time.monotonic() + ROUTED_TIMEOUT_S
+        states: dict[str, str] = {}
+        while time.monotonic() < deadline:
+            async with http.get(f"{self.cell.router_url}/ready") as reply:
+                states = (await reply.json()).get("engines", {})
+            if [states.get(url) for url in (self.cell.prefill_url, self.cell.decode_url)] == ["up", "up"]:
+                return
+            await asyncio.sleep(0.3)
+        raise AskFailed(f"the router does not use both engines after {ROUTED_TIMEOUT_S:.0f} s: {states}",
+                        where=f"{self.cell.router_url}/ready", hint="router.log says why")
 
     async def measure_handoff(self, http: aiohttp.ClientSession) -> list[HandoffNote]:
         """Send both legs of fresh prompts straight to the engines and note what the hand-over costs the user.
