@@ -66,7 +66,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (purelib[0] / "engine.pth").write_text(f"{purelib[1]}\n")
     pip(Path(sys.executable), "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT))
     before = pip(python, "freeze", "--all")
-    pip(python, "install", *map(str, folder.glob("*.whl")))
+    # The engine's environment may have our wheel already (plain pip put it there): this one gets its own copy.
+    pip(python, "install", "--ignore-installed", "--no-deps", *map(str, folder.glob("*.whl")))
     changed = set(before.splitlines()) - set(pip(python, "freeze", "--all").splitlines())
     assert not changed, f"installing our wheel changed the engine's packages: {changed}"
     return python
