@@ -62,7 +62,7 @@ class Fleet:
         self.supervisor = Supervisor(run_dir, report=lambda line: print(line, file=sys.stderr, flush=True))
         self.options = options(dtype, cache_gib=1)
         # the 40 prompts of test_tokens are 1.1 GiB of float32 blocks: the store node keeps what the engine evicts
-        segment = "1GiB" if dtype == "float32" else "256MiB"
+        segment = "1GiB" if dtype == "float32" else "64MiB"
         self.cell = Cell(self.supervisor, options=self.options, memory="1536MiB", connector={
             "verify": True, "segment_bytes": segment, "handoff_lease_s": LEASE_S, "membership_ttl_s": 5})
         self.shared = shared
