@@ -102,7 +102,10 @@ async def measure(cell: Cell, intree: IntreePair | None, modes: tuple[str, ...],
             runs: dict[str, list[Handoff]] = {mode: [] for mode in modes}
             for index in range(2 if args.quick else args.reps):
                 for mode in modes if index % 2 else modes[::-1]:
-                    runs[mode].append(await once(http, cell, intree, mode, peers, harness.random_prompt(length, rng)))
+                    found = await once(http, cell, intree, mode, peers, harness.random_prompt(length, rng))
+                    if found is None:
+                        continue
+                    runs[mode].append(found)
                     harness.say(f"  {length:5d} tokens, {mode}: {runs[mode][-1].exposed_s * 1e3:+.0f} ms")
                     await asyncio.sleep(PAUSE_S)
             rows.append(row(length, runs))
@@ -110,21 +113,26 @@ async def measure(cell: Cell, intree: IntreePair | None, modes: tuple[str, ...],
 
 
 async def once(http: aiohttp.ClientSession, cell: Cell, intree: IntreePair | None, mode: str, peers: dict[str, Any],
-               prompt: list[int]) -> Handoff:
-    """Hand one prompt over; a request that fails ends the benchmark."""
+               prompt: list[int]) -> Handoff | None:
+    """Hand one prompt over; None when the in-tree connector lost it, which is reported. Ours must not lose any."""
     pair = intree if mode == INTREE and intree else cell
     result = await hand_over(http, prefill_url=pair.prefill_url, decode_url=pair.decode_url, peer=peers[mode],
                              prompt=prompt, max_tokens=OUTPUT_TOKENS, ignore_eos=True,
                              prefill_params={} if mode == INTREE else {"publish": mode})
     if result.prefill_error or len(result.decode.times) < 2:
-        raise SystemExit(f"{mode}, {len(prompt)} tokens: {result.prefill_error or result.decode.error or 'no tokens'}")
+        text = f"{mode}, {len(prompt)} tokens: {result.prefill_error or result.decode.error or 'no tokens'}"
+        if mode != INTREE:
+            raise SystemExit(text)
+        harness.say(f"  lost: {text}")
+        return None
     return result
 
 
 def row(length: int, runs: dict[str, list[Handoff]]) -> dict[str, Any]:
     """Summarise one prompt length."""
+    runs = {mode: found for mode, found in runs.items() if found}
     ours = [run for mode in OURS for run in runs.get(mode, ())]
-    gaps = [later - earlier for run in ours or runs[INTREE]
+    gaps = [later - earlier for run in ours or runs.get(INTREE, [])
             for earlier, later in zip(run.decode.times[1:], run.decode.times[2:], strict=False)]
     cells: dict[str, Any] = {"prompt_tokens": length, "runs": min(len(found) for found in runs.values())}
     for mode, found in runs.items():
