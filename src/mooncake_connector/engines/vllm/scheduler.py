@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-NEWS_WAIT_S = 0.015
+NEWS_WAIT_S = 0.020
 """Longest wait in a step that computes nothing: also the longest that a new request waits for it."""
 
 COMPLETE_STATUSES = ("FINISHED_LENGTH_CAPPED", "FINISHED_STOPPED")
