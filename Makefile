@@ -37,8 +37,10 @@ help: ## show this list
 demo: env ## split prefill from decode and pool the cache, on real text (ARGS="--keep" leaves it running)
 	$(BIN)/mooncake demo --python $(VLLM_VENV)/bin/python --model $(MODEL) $(ARGS)
 
-test: check env ## every test there is, cheapest first, in one run
-	$(PYTEST) $(UNIT_TESTS) $(ENGINE_TESTS) $(ARGS)
+test: check ## every test there is; vLLM is installed beside the tests that need none
+	@$(MAKE_ENV) vllm model & making=$$!; trap 'kill $$making 2>/dev/null' EXIT INT TERM; \
+	$(PYTEST) $(UNIT_TESTS) $(ARGS); failed=$$?; \
+	wait $$making && trap - EXIT INT TERM && $(PYTEST) $(ENGINE_TESTS) $(ARGS) && exit $$failed
 
 test-unit: env-base ## unit, property and contract tests: no engine, no model
 	$(PYTEST) $(UNIT_TESTS) $(ARGS)
