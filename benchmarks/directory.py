@@ -276,4 +276,4 @@ def measure_recovery(server: EtcdServer, args: argparse.Namespace) -> list[dict[
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

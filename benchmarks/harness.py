@@ -12,7 +12,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,15 @@ def publish(args: argparse.Namespace, rows: Sequence[dict[str, Any]], *, title: 
                   "versions": describe_versions(**versions), "notes": list(notes), "rows": list(rows)}
         Path(args.json).write_text(json.dumps(result, indent=2) + "\n")
         print(f"wrote {args.json}")
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark; an interruption ends it in one line, after everything it started was stopped."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        sys.exit(130)
 
 
 def run_dir(args: argparse.Namespace, name: str) -> Path:

@@ -83,4 +83,4 @@ def row(length: int, runs: dict[str, list[Answer]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -133,4 +133,4 @@ def resident_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

@@ -120,4 +120,4 @@ class Bench:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)

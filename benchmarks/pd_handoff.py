@@ -146,4 +146,4 @@ def row(length: int, runs: dict[str, list[Handoff]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    harness.run(main)
