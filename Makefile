@@ -22,7 +22,7 @@ MAKE_ENV := $(PYTHON) tests/environment/make_env.py --venv $(VENV) --vllm-venv $
 BIN      := $(VENV)/bin
 PYTEST   := $(BIN)/python -m pytest
 
-UNIT_TESTS   := tests/unit tests/property tests/contract
+UNIT_TESTS   := tests/unit tests/property tests/fuzz tests/contract
 # The demo first: the engine tests keep their servers until the session ends, and all together do not fit into 24 GB.
 ENGINE_TESTS := tests/e2e tests/engine
 

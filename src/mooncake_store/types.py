@@ -5,7 +5,7 @@ Pure: no sockets, threads, clocks, torch or engine imports.
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import Annotated, NewType
 
 import msgspec
 
@@ -14,6 +14,12 @@ BlockKey = NewType("BlockKey", bytes)
 
 NodeId = NewType("NodeId", str)
 """Names one member of a cell for one life of its process; never reused."""
+
+NAME_MAX_CHARS = 512
+Name = Annotated[str, msgspec.Meta(max_length=NAME_MAX_CHARS)]
+Uint63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Pid = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
+"""What arrives from a peer is bounded where it is decoded, so that no use of it can overflow."""
 
 NAMESPACE_BYTES = 16
 PART_BYTES = 2
@@ -54,8 +60,8 @@ class HostIdentity(msgspec.Struct, frozen=True, array_like=True):
     Source: /proc/sys/kernel/random/boot_id and the inode of /proc/self/ns/pid.
     """
 
-    boot_id: str
-    pid_namespace: int
+    boot_id: Name
+    pid_namespace: Uint63
 
 
 class Member(msgspec.Struct, frozen=True, array_like=True):
@@ -72,9 +78,9 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     """
 
     node_id: NodeId
-    kind: str
-    control: str
+    kind: Name
+    control: Name
     host: HostIdentity
-    pid: int
-    capacity_bytes: int
-    version: str
+    pid: Pid
+    capacity_bytes: Uint63
+    version: Name

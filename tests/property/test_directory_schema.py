@@ -25,9 +25,9 @@ members = st.builds(
     names,
     st.sampled_from(["engine", "store"]),
     st.text(max_size=50),
-    st.builds(HostIdentity, st.text(max_size=40), st.integers(0, 2**63)),
-    st.integers(0, 2**31),
-    st.integers(0, 2**63),
+    st.builds(HostIdentity, st.text(max_size=40), st.integers(0, 2**63 - 1)),
+    st.integers(1, 2**31 - 1),
+    st.integers(0, 2**63 - 1),
     st.text(max_size=20),
 )
 

@@ -7,12 +7,15 @@ images and salt (vLLM v1/core/kv_cache_utils.py), and nothing about weights, dty
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import msgspec
 
 from mooncake_store.errors import FingerprintMismatch
-from mooncake_store.types import NAMESPACE_BYTES
+from mooncake_store.types import NAMESPACE_BYTES, Uint63
+
+TEXT_MAX_CHARS = 1024
+Text = Annotated[str, msgspec.Meta(max_length=TEXT_MAX_CHARS)]
 
 
 class Difference(NamedTuple):
@@ -46,23 +49,23 @@ class Fingerprint(msgspec.Struct, frozen=True, kw_only=True):
         hash_seed: seed of the hash chain's root.
     """
 
-    engine: str
-    model: str
-    model_config: str
-    dtype: str
-    cache_dtype: str
-    layout: str
-    block_size: int
-    num_layers: int
-    page_bytes: int
-    num_kv_heads: int
-    head_size: int
-    tensor_parallel: int
-    pipeline_parallel: int
-    attention: str
-    isa: str
-    hash_algorithm: str
-    hash_seed: str
+    engine: Text
+    model: Text
+    model_config: Text
+    dtype: Text
+    cache_dtype: Text
+    layout: Text
+    block_size: Uint63
+    num_layers: Uint63
+    page_bytes: Uint63
+    num_kv_heads: Uint63
+    head_size: Uint63
+    tensor_parallel: Uint63
+    pipeline_parallel: Uint63
+    attention: Text
+    isa: Text
+    hash_algorithm: Text
+    hash_seed: Text
 
     def differences(self, other: Fingerprint) -> list[Difference]:
         """Return every field that differs, in declaration order."""

@@ -6,10 +6,17 @@ that sentence can be described, see engines/vllm/worker.py for how vLLM 0.32's L
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+LAYERS_MAX = 65_536
+SIZE_MAX_BYTES = (1 << 62) - 1
+"""Below 2^63, so that no offset overflows when it is computed."""
+
+Size = Annotated[int, msgspec.Meta(ge=0, le=SIZE_MAX_BYTES)]
 U64 = npt.NDArray[np.uint64]
 
 
@@ -27,12 +34,12 @@ class KVLayout(msgspec.Struct, frozen=True, array_like=True):
         size_bytes: length of the region.
     """
 
-    layer_offsets: tuple[int, ...]
-    block_stride: int
-    page_bytes: int
-    num_blocks: int
-    block_size: int
-    size_bytes: int
+    layer_offsets: Annotated[tuple[Size, ...], msgspec.Meta(max_length=LAYERS_MAX)]
+    block_stride: Size
+    page_bytes: Size
+    num_blocks: Size
+    block_size: Size
+    size_bytes: Size
 
     def __post_init__(self) -> None:
         if not self.layer_offsets or min(self.block_stride, self.page_bytes, self.num_blocks, self.block_size) < 1:

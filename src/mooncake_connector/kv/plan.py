@@ -7,11 +7,15 @@ ready; from then on the partial tail block is ready too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import msgspec
 import numpy as np
 
 from mooncake_connector.kv.layout import U64, KVLayout
+
+TOKENS_MAX = 1 << 40
+Tokens = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
 
 
 def ready_blocks(num_tokens: int, needed_tokens: int, block_size: int) -> int:
@@ -30,9 +34,9 @@ class Progress(msgspec.Struct, frozen=True, array_like=True):
         layers_part: see above; 0 between steps.
     """
 
-    tokens_done: int = 0
-    tokens_part: int = 0
-    layers_part: int = 0
+    tokens_done: Tokens = 0
+    tokens_part: Tokens = 0
+    layers_part: Annotated[int, msgspec.Meta(ge=0, le=65_536)] = 0
 
 
 def ready_per_layer(progress: Progress, needed_tokens: int, layout: KVLayout) -> U64:

@@ -219,7 +219,7 @@ class EngineWatch:
             return _Checked(str(error), True, {})
         except TimeoutError:
             return _Checked(f"no answer within {self._config.health_timeout_s:g} s", False, {})
-        except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return _Checked(f"{type(error).__name__}: {error}", False, {})
 
     async def _ask_introduction(self, url: str, models: tuple[str, ...]) -> Introduction | None:

@@ -6,19 +6,28 @@ receiver. A decode worker opens with Hello; everything else waits for its Welcom
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from mooncake_connector.kv.fingerprint import Fingerprint
 from mooncake_connector.kv.layout import KVLayout
 from mooncake_connector.kv.plan import Progress
 from mooncake_store.errors import RemoteProtocolError
 from mooncake_store.transport.base import RegionDescriptor
-from mooncake_store.types import HostIdentity
+from mooncake_store.types import HostIdentity, Pid, Uint63
 
 WIRE_VERSION = 1
 MESSAGE_MAX_BYTES = 4 << 20
+TEXT_MAX_CHARS = 65_536
+TRANSFER_ID_MAX_CHARS = 1024
+HEARTBEATS_MAX = 65_536
+BLOCKS_MAX = 1 << 20
+
+TransferId = Annotated[str, Meta(max_length=TRANSFER_ID_MAX_CHARS)]
+Text = Annotated[str, Meta(max_length=TEXT_MAX_CHARS)]
+Index = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 
 
 # ---- to the prefill worker
@@ -29,32 +38,32 @@ class Hello(msgspec.Struct, frozen=True, array_like=True, tag="hello"):
 
     fingerprint: Fingerprint
     host: HostIdentity
-    pid: int
+    pid: Pid
 
 
 class Subscribe(msgspec.Struct, frozen=True, array_like=True, tag="subscribe"):
     """Ask to be told what becomes ready of one transfer; repeated harmlessly."""
 
-    transfer_id: str
+    transfer_id: TransferId
 
 
 class Heartbeat(msgspec.Struct, frozen=True, array_like=True, tag="heartbeat"):
     """Renew the leases of these transfers."""
 
-    transfer_ids: list[str]
+    transfer_ids: Annotated[list[TransferId], Meta(max_length=HEARTBEATS_MAX)]
 
 
 class Done(msgspec.Struct, frozen=True, array_like=True, tag="done"):
     """Say that we read all we want of a transfer; its blocks may go."""
 
-    transfer_id: str
+    transfer_id: TransferId
 
 
 class VerifyRequest(msgspec.Struct, frozen=True, array_like=True, tag="verify"):
     """Ask for the checksums of the first ``num_blocks`` blocks of a transfer; only with ``verify`` on."""
 
-    transfer_id: str
-    num_blocks: int
+    transfer_id: TransferId
+    num_blocks: Uint63
 
 
 # ---- to the decode worker
@@ -67,13 +76,17 @@ class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
     cache: RegionDescriptor
     epochs: RegionDescriptor
     host: HostIdentity
-    pid: int
+    pid: Pid
+
+    def __post_init__(self) -> None:
+        if self.layout.size_bytes > self.cache.size_bytes:
+            raise ValueError(f"a layout of {self.layout.size_bytes} bytes in a region of {self.cache.size_bytes}")
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     """Say why this peer gets nothing: the fields in which the fingerprints differ."""
 
-    reason: str
+    reason: Text
 
 
 class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
@@ -86,18 +99,18 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
         block_ids: ids of the prompt's blocks; None when unchanged since the last Ready of this transfer to this peer.
     """
 
-    transfer_id: str
-    epoch_slot: int
+    transfer_id: TransferId
+    epoch_slot: Index
     epoch: int
     progress: Progress
-    block_ids: list[int] | None
+    block_ids: Annotated[list[Index], Meta(max_length=BLOCKS_MAX)] | None
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):
     """Say that nothing more will come of a transfer."""
 
-    transfer_id: str
-    reason: str
+    transfer_id: TransferId
+    reason: Text
 
 
 class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
@@ -107,8 +120,8 @@ class Alive(msgspec.Struct, frozen=True, array_like=True, tag="alive"):
 class VerifyReply(msgspec.Struct, frozen=True, array_like=True, tag="verified"):
     """Give one checksum per block; empty when the transfer is gone."""
 
-    transfer_id: str
-    checksums: list[int]
+    transfer_id: TransferId
+    checksums: Annotated[list[int], Meta(max_length=BLOCKS_MAX)]
 
 
 Message = TypeVar("Message")
@@ -146,6 +159,6 @@ def _decode(data: bytes, decoder: msgspec.msgpack.Decoder[Message]) -> Message:
                                   hint="run the same plugin version on both engines")
     try:
         message: Message = decoder.decode(memoryview(data)[1:])
-    except (msgspec.MsgspecError, ValueError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise RemoteProtocolError(f"malformed hand-over message: {error}") from error
     return message

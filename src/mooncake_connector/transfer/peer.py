@@ -20,9 +20,11 @@ import zmq
 
 from mooncake_connector.kv.fingerprint import Fingerprint
 from mooncake_connector.kv.plan import PagePlan
+from mooncake_connector.transfer.epochs import WORD_BYTES
 from mooncake_connector.transfer.lifecycle import PullEvent, PullStep
 from mooncake_connector.transfer.memory import PageReader
 from mooncake_connector.transfer.messages import (
+    MESSAGE_MAX_BYTES,
     Abort,
     Done,
     Heartbeat,
@@ -85,6 +87,7 @@ class PrefillPeer:
         self._commands: queue.SimpleQueue[Announced | HandoffLoad | Cancel] = queue.SimpleQueue()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MESSAGE_MAX_BYTES)
         self._watch = Watch(self._socket)
         self._pulls: dict[str, PullTransfer] = {}
         self._welcome: Welcome | None = None
@@ -232,7 +235,8 @@ class PrefillPeer:
 
     def _handle(self, message: object) -> None:
         if isinstance(message, Welcome):
-            self._attach(message)
+            if self._welcome is None:
+                self._attach(message)
         elif isinstance(message, Refused):
             self._c.metrics.add("mooncake_handoff_refused_total", reason="by_prefill")
             self._lost = f"refused by the prefill worker at {self._address}: {message.reason}"
@@ -279,7 +283,11 @@ class PrefillPeer:
                 self._complete(transfer)
 
     def _copy(self, transfer: PullTransfer, plan: PagePlan, ready: np.ndarray) -> bool:
-        assert self._cache is not None and transfer.ready is not None  # _pull_ready runs only after _attach
+        # _pull_ready runs only after _attach
+        assert self._cache is not None and self._epochs is not None and transfer.ready is not None
+        if transfer.ready.epoch_slot >= self._epochs.region.size_bytes // WORD_BYTES:
+            self._lose(transfer, f"the prefill worker named epoch word {transfer.ready.epoch_slot}, which is not there")
+            return False
         batch = ReadBatch(plan.source_offsets, self._c.pages.addresses(plan.target_offsets),
                           np.full(len(plan), plan.page_bytes, np.uint64))
         deadline_ns = time.monotonic_ns() + int(self._c.pull_timeout_s * 1e9)
@@ -302,8 +310,8 @@ class PrefillPeer:
 
     def _read_epoch(self, slot: int, deadline_ns: int) -> int | None:
         assert self._epochs is not None
-        batch = ReadBatch(np.array([slot * 8], np.uint64), np.array([self._word.ctypes.data], np.uint64),
-                          np.array([8], np.uint64))
+        batch = ReadBatch(np.array([slot * WORD_BYTES], np.uint64), np.array([self._word.ctypes.data], np.uint64),
+                          np.array([WORD_BYTES], np.uint64))
         result = self._epochs.read(batch, deadline_ns=deadline_ns)
         return int(self._word[0]) if bool(result.ok.all()) else None
 

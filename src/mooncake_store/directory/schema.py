@@ -28,6 +28,8 @@ KEY_MIN_BYTES = NAMESPACE_BYTES + PART_BYTES + 1
 KEY_MAX_BYTES = NAMESPACE_BYTES + PART_BYTES + CONTENT_MAX_BYTES
 EPOCH_BYTES = 16
 NAME_MAX_CHARS = 200
+VALUE_MAX_BYTES = 64 << 10
+"""A full page takes 22 KB. A larger value is not decoded: what it expands to has no bound."""
 
 RejectReason = Literal[
     "directory_path",
@@ -219,11 +221,13 @@ def decode_event(paths: CellPaths, path: bytes, value: bytes | None) -> Event | 
 
 def _decode_member(node_id: NodeId, path: bytes, value: bytes) -> MemberPut | Rejected:
     gone = MemberGone(node_id)
+    if len(value) > VALUE_MAX_BYTES:
+        return Rejected("directory_oversize", f"{path!r}: {len(value)} bytes", gone)
     if value[:1] != _VERSION_BYTE:
         return Rejected("directory_version", f"{path!r}: {_describe_version(value)}", gone)
     try:
         member = _member_decoder.decode(memoryview(value)[1:])
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         return Rejected("directory_malformed", f"{path!r}: {error}", gone)
     if member.node_id != node_id:
         return Rejected("directory_mismatch", f"{path!r}: the value names node {member.node_id[:40]!r}", gone)
@@ -231,15 +235,19 @@ def _decode_member(node_id: NodeId, path: bytes, value: bytes) -> MemberPut | Re
 
 
 def _decode_page(gone: PageGone, path: bytes, value: bytes) -> PagePut | Rejected:
+    if len(value) > VALUE_MAX_BYTES:
+        return Rejected("directory_oversize", f"{path!r}: {len(value)} bytes", gone)
     if value[:1] != _VERSION_BYTE:
         return Rejected("directory_version", f"{path!r}: {_describe_version(value)}", gone)
     try:
         page = _page_decoder.decode(memoryview(value)[1:])
-    except (msgspec.DecodeError, ValueError) as error:
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
         return Rejected("directory_malformed", f"{path!r}: {error}", gone)
     prefix, suffixes = page.prefix, page.suffixes
     if len(suffixes) > PAGE_ENTRIES_MAX:
         return Rejected("directory_oversize", f"{path!r}: {len(suffixes)} entries", gone)
+    if len(prefix) > KEY_MAX_BYTES:
+        return Rejected("directory_key", f"{path!r}: keys of {len(prefix)} bytes and more", gone)
     keys = tuple([BlockKey(prefix + suffix) for suffix in suffixes])
     if keys:
         lengths = set(map(len, keys))

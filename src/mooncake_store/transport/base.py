@@ -3,7 +3,7 @@
 Architecture::
 
     Media (media.py)            one per process: serves our memory on every medium, attaches to a peer's on the best one
-      └─ Transport              one per medium: shm | cma | tcp | loopback (rdma later)
+      └─ Transport              one per medium: shm | cma | rdma | tcp | loopback
            ├─ serve(memory)     -> Offer        goes into the RegionDescriptor that we publish
            └─ attach(region)    -> Attachment   reads batches out of a peer's region
 
@@ -25,13 +25,24 @@ bytes move, and never reads outside the region (checked on the serving side too,
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import msgspec
 import numpy as np
 
 from mooncake_store.errors import LocalProtocolError, MooncakeError, PeerUnreachable
-from mooncake_store.types import HostIdentity
+from mooncake_store.types import HostIdentity, Pid, Uint63
+
+OFFERS_MAX = 16
+SOCKET_NAME_MAX_CHARS = 100
+_LABEL = "[A-Za-z0-9_-]{1,63}"
+HOST_PATTERN = (rf"^(?=.{{1,253}}\Z)(?:{_LABEL}(?:\.{_LABEL})*\.?"
+                r"|[0-9A-Fa-f:]*:[0-9A-Fa-f:]*(?:\d{1,3}(?:\.\d{1,3}){3})?(?:%[A-Za-z0-9_-]{1,15})?)\Z")
+"""A name or an address; what the resolver would raise on does not get that far."""
+
+Host = Annotated[str, msgspec.Meta(pattern=HOST_PATTERN)]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
+Length = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
 
 
 class RegionGone(PeerUnreachable):
@@ -41,7 +52,7 @@ class RegionGone(PeerUnreachable):
 class ShmOffer(msgspec.Struct, frozen=True, array_like=True, tag="shm"):
     """Memory backed by a memfd, handed over by SCM_RIGHTS on an abstract unix socket."""
 
-    socket: str
+    socket: Annotated[str, msgspec.Meta(min_length=1, max_length=SOCKET_NAME_MAX_CHARS)]
 
 
 class CmaOffer(msgspec.Struct, frozen=True, array_like=True, tag="cma"):
@@ -51,27 +62,34 @@ class CmaOffer(msgspec.Struct, frozen=True, array_like=True, tag="cma"):
     region's id while it is served (guard.py).
     """
 
-    pid: int
-    start_ticks: int
-    address: int
-    guard_address: int
+    pid: Pid
+    start_ticks: Uint63
+    address: Uint63
+    guard_address: Uint63
 
 
 class TcpOffer(msgspec.Struct, frozen=True, array_like=True, tag="tcp"):
     """Memory served by a read server."""
 
-    host: str
-    port: int
+    host: Host
+    port: Port
+
+
+class RdmaOffer(msgspec.Struct, frozen=True, array_like=True, tag="rdma"):
+    """Memory registered with RDMA devices; a link server connects queue pairs with it and tells its keys."""
+
+    host: Host
+    port: Port
 
 
 class LoopbackOffer(msgspec.Struct, frozen=True, array_like=True, tag="loopback"):
     """Memory of this very process; for tests and for reading our own segment."""
 
-    pid: int
-    address: int
+    pid: Pid
+    address: Uint63
 
 
-Offer = ShmOffer | CmaOffer | TcpOffer | LoopbackOffer
+Offer = ShmOffer | CmaOffer | RdmaOffer | TcpOffer | LoopbackOffer
 
 
 class RegionDescriptor(msgspec.Struct, frozen=True, array_like=True):
@@ -80,10 +98,10 @@ class RegionDescriptor(msgspec.Struct, frozen=True, array_like=True):
     ``region_id`` is random and unique per life of the owner, so a stale descriptor is refused, not misread.
     """
 
-    region_id: int
-    size_bytes: int
+    region_id: Length
+    size_bytes: Length
     host: HostIdentity
-    offers: tuple[Offer, ...]
+    offers: Annotated[tuple[Offer, ...], msgspec.Meta(max_length=OFFERS_MAX)]
 
 
 class LocalMemory(msgspec.Struct, frozen=True):

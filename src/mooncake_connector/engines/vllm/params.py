@@ -7,10 +7,11 @@ error that the request survives: it is then served without a hand-over.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
+from mooncake_connector.transfer.messages import TRANSFER_ID_MAX_CHARS
 from mooncake_store.errors import RemoteProtocolError
 
 ADDRESSES_MAX = 1024
@@ -30,7 +31,7 @@ class TransferParams(msgspec.Struct, frozen=True, kw_only=True):
 
     do_remote_decode: bool = False
     do_remote_prefill: bool = False
-    transfer_id: str = ""
+    transfer_id: Annotated[str, msgspec.Meta(max_length=TRANSFER_ID_MAX_CHARS)] = ""
     remote_engine_id: str = ""
     remote_addresses: list[str] = []
     publish: str = ""
