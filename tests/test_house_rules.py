@@ -23,7 +23,7 @@ INSTANCE_ATTRIBUTES_MAX = 20
 
 BANNED_FILE_NAMES = frozenset({"utils.py", "util.py", "common.py", "manager.py", "helpers.py", "helper.py", "misc.py"})
 ENVIRONMENT_READERS = frozenset({"mooncake_store/config.py", "mooncake_connector/config.py"})
-PYVERBS_IMPORTERS = frozenset({"mooncake_store/transport/_verbs.py"})
+PYVERBS_IMPORTERS = frozenset({"mooncake_store/transport/rdma/verbs.py"})
 
 PURE_FORBIDDEN_IMPORTS = frozenset(
     {"asyncio", "random", "sglang", "socket", "subprocess", "threading", "time", "torch", "vllm", "zmq"}
@@ -164,7 +164,7 @@ def check_imports(module: Module) -> Iterator[Finding]:
     for line, name in _imported(module.tree):
         root = name.split(".")[0]
         if root == "pyverbs" and module.path not in PYVERBS_IMPORTERS:
-            yield Finding(module.path, line, "only mooncake_store/transport/_verbs.py imports pyverbs")
+            yield Finding(module.path, line, "only mooncake_store/transport/rdma/verbs.py imports pyverbs")
         if root in {"vllm", "sglang"} and not module.path.startswith(f"mooncake_connector/engines/{root}/"):
             yield Finding(module.path, line, f"only mooncake_connector/engines/{root} imports {root}")
         if is_pure and root in PURE_FORBIDDEN_IMPORTS:

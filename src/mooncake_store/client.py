@@ -259,7 +259,8 @@ class StoreClient:
             logger.warning("%s closed while calls were still running; their sockets end with the process", self.node_id)
 
     def _open_media(self) -> Media:
-        media = Media(allowed=self.config.media, host=self.config.host, metrics=self.metrics)
+        media = Media(allowed=self.config.media, host=self.config.host, metrics=self.metrics,
+                      rdma_devices=self.config.rdma_devices, rdma_gid_index=self.config.rdma_gid_index)
         self._closers.append(media.close)
         return media
 

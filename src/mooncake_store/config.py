@@ -24,7 +24,7 @@ ENV_PREFIX = "MOONCAKE_"
 ENV_FILE = "MOONCAKE_CONFIG"
 FILE_MAX_BYTES = 1 << 20
 
-Medium = Literal["shm", "cma", "tcp"]
+Medium = Literal["shm", "cma", "rdma", "tcp"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 Address = Annotated[str, msgspec.Meta(pattern=r"^(etcd://\S+|memory|off)$")]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=200)]
@@ -41,6 +41,8 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         host: address to bind and to announce; use the machine's address for more than one machine.
         segment_bytes: memory we lend to the pool; 0 = read only. Sizes are accepted as ``2GiB``.
         media: media we may use, in order of preference; the medium is chosen per peer. Also as text: ``shm,tcp``.
+        rdma_devices: RDMA devices that `rdma` may use, such as ``mlx5_0,mlx5_1``; empty = those near this process.
+        rdma_gid_index: entry of the devices' address tables that `rdma` uses; -1 = the one that reaches the peer.
         membership_ttl_s: a silent member's entries vanish after this.
         lease_s: longest time a reader may hold blocks without renewing.
         pull_timeout_s: deadline of one pull.
@@ -54,7 +56,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     cell: Name = "default"
     host: Name = "127.0.0.1"
     segment_bytes: Bytes = 1 << 30
-    media: Annotated[tuple[Medium, ...], msgspec.Meta(min_length=1)] = ("shm", "cma", "tcp")
+    media: Annotated[tuple[Medium, ...], msgspec.Meta(min_length=1)] = ("shm", "cma", "rdma", "tcp")
+    rdma_devices: tuple[Name, ...] = ()
+    rdma_gid_index: Annotated[int, msgspec.Meta(ge=-1, le=65_535)] = -1
     membership_ttl_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] = 10
     lease_s: Seconds = 5.0
     pull_timeout_s: Seconds = 10.0

@@ -34,7 +34,7 @@ from mooncake_store.directory.endpoints import parse_endpoints
 from mooncake_store.directory.server import find_etcd_binary
 from mooncake_store.errors import MooncakeError
 from mooncake_store.transport.base import ReadBatch, RegionDescriptor
-from mooncake_store.transport.media import TRANSPORTS
+from mooncake_store.transport.media import TRANSPORTS, TransportSettings
 from mooncake_store.transport.memory import host_identity, map_memfd
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -151,18 +151,19 @@ def check_directory(config: ConnectorConfig) -> Iterator[Finding]:
 def check_media(config: ConnectorConfig) -> Iterator[Finding]:
     """Pull 1 MiB from ourselves over every allowed medium."""
     verdicts = []
+    settings = TransportSettings(config.host, config.rdma_devices, config.rdma_gid_index)
     for medium in config.media:
-        finding = _self_pull(medium, config.host)
+        finding = _self_pull(medium, settings)
         verdicts.append(finding.verdict)
         yield finding
     if "ok" not in verdicts:
         yield Finding("media", "fail", "no medium works here", "allow tcp, which works everywhere")
 
 
-def _self_pull(medium: str, host: str) -> Finding:
+def _self_pull(medium: str, settings: TransportSettings) -> Finding:
     name = f"medium {medium}"
     try:
-        with closing(TRANSPORTS[medium](host)) as transport, closing(map_memfd(PULL_BYTES, "doctor")) as source:
+        with closing(TRANSPORTS[medium](settings)) as transport, closing(map_memfd(PULL_BYTES, "doctor")) as source:
             obstacle = transport.probe()
             if obstacle:
                 return Finding(name, "warn", f"not usable: {obstacle}", f"mend it, or leave {medium} out of `media`")

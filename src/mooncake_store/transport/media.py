@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 
 from mooncake_store.errors import ConfigError, MooncakeError, PeerUnreachable, TransferFailed
@@ -31,6 +32,9 @@ from mooncake_store.transport.base import (
 from mooncake_store.transport.cma import CmaTransport
 from mooncake_store.transport.loopback import LoopbackTransport
 from mooncake_store.transport.memory import host_identity
+from mooncake_store.transport.rdma.gids import ANY_INDEX
+from mooncake_store.transport.rdma.transport import RdmaTransport
+from mooncake_store.transport.rdma.verbs import VerbsBackend
 from mooncake_store.transport.select import Choice, NoMedium, choose
 from mooncake_store.transport.shm import ShmTransport
 from mooncake_store.transport.tcp import TcpTransport
@@ -52,21 +56,37 @@ class ProbedTransport(Transport, Protocol):
         ...
 
 
-TRANSPORTS: dict[str, Callable[[str], ProbedTransport]] = {
-    "shm": lambda host: ShmTransport(),
-    "cma": lambda host: CmaTransport(),
-    "tcp": TcpTransport,
+class TransportSettings(msgspec.Struct, frozen=True):
+    """What the user may set about media: the address to bind, and for rdma the devices and the GID index to use."""
+
+    host: str = "127.0.0.1"
+    rdma_devices: tuple[str, ...] = ()
+    rdma_gid_index: int = ANY_INDEX
+
+
+def _make_rdma(settings: TransportSettings) -> RdmaTransport:
+    backend = VerbsBackend(device_names=settings.rdma_devices, gid_index=settings.rdma_gid_index)
+    return RdmaTransport(settings.host, backend=backend)
+
+
+TRANSPORTS: dict[str, Callable[[TransportSettings], ProbedTransport]] = {
+    "shm": lambda settings: ShmTransport(),
+    "cma": lambda settings: CmaTransport(),
+    "rdma": _make_rdma,
+    "tcp": lambda settings: TcpTransport(settings.host),
 }
-"""How to make each medium, given the address to bind."""
+"""How to make each medium."""
 
 
 class Media:
     """All media of this process.
 
     Args:
-        allowed: names of media we may use, most wanted first: ``shm``, ``cma``, ``tcp``.
-        host: address that tcp binds and announces.
+        allowed: names of media we may use, most wanted first: ``shm``, ``cma``, ``rdma``, ``tcp``.
+        host: address that tcp and rdma bind and announce.
         metrics: gets bytes per medium and fallbacks.
+        rdma_devices: RDMA devices to use; empty = those near this process.
+        rdma_gid_index: entry of their address tables; -1 = chosen per peer.
 
     Threads: every method may be called from any thread.
 
@@ -74,12 +94,14 @@ class Media:
         ConfigError: an unknown medium, or none of them works on this machine.
     """
 
-    def __init__(self, *, allowed: Sequence[str], host: str = "127.0.0.1", metrics: Metrics) -> None:
+    def __init__(self, *, allowed: Sequence[str], host: str = "127.0.0.1", metrics: Metrics,
+                 rdma_devices: tuple[str, ...] = (), rdma_gid_index: int = ANY_INDEX) -> None:
         unknown = [medium for medium in allowed if medium not in TRANSPORTS]
         if unknown:
             raise ConfigError(f"unknown medium {', '.join(unknown)}", where="$.media",
                               hint=f"choose from {', '.join(TRANSPORTS)}")
-        made = {medium: TRANSPORTS[medium](host) for medium in dict.fromkeys(allowed)}
+        settings = TransportSettings(host, rdma_devices, rdma_gid_index)
+        made = {medium: TRANSPORTS[medium](settings) for medium in dict.fromkeys(allowed)}
         self._start(made, metrics, COOL_DOWN_S)
 
     @classmethod

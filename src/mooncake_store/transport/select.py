@@ -12,13 +12,15 @@ from mooncake_store.transport.base import (
     CmaOffer,
     LoopbackOffer,
     Offer,
+    RdmaOffer,
     RegionDescriptor,
     ShmOffer,
     TcpOffer,
 )
 from mooncake_store.types import HostIdentity
 
-OFFER_TYPES: dict[str, type] = {"shm": ShmOffer, "cma": CmaOffer, "tcp": TcpOffer, "loopback": LoopbackOffer}
+OFFER_TYPES: dict[str, type] = {"shm": ShmOffer, "cma": CmaOffer, "rdma": RdmaOffer, "tcp": TcpOffer,
+                                "loopback": LoopbackOffer}
 """Every medium this version knows."""
 
 
