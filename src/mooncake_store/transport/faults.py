@@ -9,6 +9,7 @@ import ctypes
 import threading
 import time
 from collections import Counter
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -31,6 +32,9 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True):
         detects_corruption: report corrupted requests as failed instead, as a medium with a checksum does.
         delay: per read: it starts ``delay_s`` late, or fails at its deadline.
         delay_s: seconds.
+        slow: per read: the owner answers one request at a time, ``slow_s`` apart; what is not there at the deadline
+            fails.
+        slow_s: seconds.
         reset: per read: it breaks off at some request, the rest fails.
         death_after_reads: after this many reads the owner is dead for good; -1 = never.
     """
@@ -42,8 +46,20 @@ class FaultPlan(msgspec.Struct, frozen=True, kw_only=True):
     detects_corruption: bool = False
     delay: float = 0.0
     delay_s: float = 0.01
+    slow: float = 0.0
+    slow_s: float = 0.002
     reset: float = 0.0
     death_after_reads: int = -1
+
+
+class _Luck(NamedTuple):
+    """One read's draw, 0 to 1: per request, and for the read; ``where`` is the request at which it would break off."""
+
+    requests: npt.NDArray[np.float64]
+    delay: float
+    slow: float
+    reset: float
+    where: int
 
 
 class FaultyTransport:
@@ -90,12 +106,12 @@ class FaultyTransport:
         """Tell whether the owner is dead by now."""
         return 0 <= self.plan.death_after_reads <= self._num_reads
 
-    def draw(self, count: int) -> tuple[npt.NDArray[np.float64], float, float, int]:
-        """Draw one read's luck: per request, for delay, for reset, and where it would break off."""
+    def draw(self, count: int) -> _Luck:
+        """Draw the luck of a read of ``count`` requests."""
         with self._lock:
             self._num_reads += 1
-            return (self._random.random(count), float(self._random.random()), float(self._random.random()),
-                    int(self._random.integers(count)))
+            delay, slow, reset = self._random.random(3).tolist()
+            return _Luck(self._random.random(count), delay, slow, reset, int(self._random.integers(count)))
 
     def note(self, fault: str, times: int = 1) -> None:
         """Count a fault."""
@@ -121,43 +137,65 @@ class FaultyAttachment:
             note("death_after_reads")
             return ReadResult.failed(batch, PeerUnreachable("injected: the owner is dead", where=self.medium))
         count = len(batch.lengths)
-        luck, delay, reset, where = self._transport.draw(count)
-        if delay < plan.delay:
+        luck = self._transport.draw(count)
+        if luck.delay < plan.delay:
             note("delay")
-            time.sleep(max(0.0, min(plan.delay_s, (deadline_ns - time.monotonic_ns()) / 1e9)))
+            _sleep(plan.delay_s, deadline_ns)
             if time.monotonic_ns() >= deadline_ns:
                 return ReadResult.failed(batch, past_deadline(self.medium, 0, count))
-        dropped = luck < plan.drop
-        truncated = ~dropped & (luck < plan.drop + plan.truncate)
-        corrupted = ~dropped & ~truncated & (luck < plan.drop + plan.truncate + plan.corrupt)
-        if reset < plan.reset:
+        dropped = luck.requests < plan.drop
+        truncated = ~dropped & (luck.requests < plan.drop + plan.truncate)
+        corrupted = ~dropped & ~truncated & (luck.requests < plan.drop + plan.truncate + plan.corrupt)
+        if luck.reset < plan.reset:
             note("reset")
-            dropped[where:], truncated[where:], corrupted[where:] = True, False, False
+            dropped[luck.where:], truncated[luck.where:], corrupted[luck.where:] = True, False, False
+        is_slow = luck.slow < plan.slow
+        note("slow", int(is_slow))
         note("drop", int(dropped.sum()))
         note("truncate", int(truncated.sum()))
-        note("corrupt", int(corrupted.sum()))
-        return self._read(batch, dropped, truncated, corrupted, deadline_ns)
-
-    def _read(self, batch: ReadBatch, dropped: npt.NDArray[np.bool_], truncated: npt.NDArray[np.bool_],
-              corrupted: npt.NDArray[np.bool_], deadline_ns: int) -> ReadResult:
         lengths = np.where(truncated, batch.lengths // np.uint64(2), batch.lengths)
         asked = np.flatnonzero(~dropped & (lengths > 0))
-        ok = np.zeros(len(lengths), np.bool_)
+        ok = np.zeros(count, np.bool_)
         error: MooncakeError | None = None
         if len(asked):
-            result = self._inner.read(ReadBatch(batch.remote_offsets[asked], batch.local_addresses[asked],
-                                                lengths[asked]), deadline_ns=deadline_ns)
+            part = ReadBatch(batch.remote_offsets[asked], batch.local_addresses[asked], lengths[asked])
+            result = (self._trickle if is_slow else self._inner.read)(part, deadline_ns=deadline_ns)
             ok[asked], error = result.ok, result.error
-        for index in np.flatnonzero(corrupted & ok).tolist():
-            middle = int(batch.local_addresses[index]) + int(batch.lengths[index]) // 2
-            ctypes.c_uint8.from_address(middle).value ^= 0x5A
         ok &= ~truncated
-        if self._transport.plan.detects_corruption:
+        self._corrupt(batch, corrupted & ok)
+        if plan.detects_corruption:
             ok &= ~corrupted
         if error is None and not ok.all():
             error = TransferFailed("injected: requests were lost, cut or corrupted", where=self.medium)
         return ReadResult.of(batch, ok, error)
 
+    def _trickle(self, batch: ReadBatch, *, deadline_ns: int) -> ReadResult:
+        """Read one request at a time, with a pause before each."""
+        count = len(batch.lengths)
+        ok = np.zeros(count, np.bool_)
+        error: MooncakeError | None = None
+        for index in range(count):
+            _sleep(self._transport.plan.slow_s, deadline_ns)
+            if time.monotonic_ns() >= deadline_ns:
+                error = error or past_deadline(self.medium, index, count)
+                break
+            one = slice(index, index + 1)
+            result = self._inner.read(ReadBatch(batch.remote_offsets[one], batch.local_addresses[one],
+                                                batch.lengths[one]), deadline_ns=deadline_ns)
+            ok[index] = result.ok[0]
+            error = error or result.error
+        return ReadResult.of(batch, ok, error)
+
+    def _corrupt(self, batch: ReadBatch, corrupted: npt.NDArray[np.bool_]) -> None:
+        for index in np.flatnonzero(corrupted).tolist():
+            middle = int(batch.local_addresses[index]) + int(batch.lengths[index]) // 2
+            ctypes.c_uint8.from_address(middle).value ^= 0x5A
+        self._transport.note("corrupt", int(corrupted.sum()))
+
     def close(self) -> None:
         """Close ``inner``."""
         self._inner.close()
+
+
+def _sleep(seconds: float, deadline_ns: int) -> None:
+    time.sleep(max(0.0, min(seconds, (deadline_ns - time.monotonic_ns()) / 1e9)))
