@@ -1,14 +1,12 @@
-"""Copy a block between its pieces in an engine's memory and its image, and checksum either.
+"""Copy a block between its pieces in an engine's memory and its image.
 
-A block's *image* is its pieces one after the other, in the order given. Nothing here keeps state; every copy and every
-checksum of more than a few KiB runs without the GIL (ctypes foreign calls, zlib.crc32).
-Callers guarantee that the addresses stay mapped for the length of the call.
+A block's *image* is its pieces one after the other, in the order given. Nothing here keeps state; every copy runs
+without the GIL. Callers guarantee that the addresses stay mapped for the length of the call.
 """
 
 from __future__ import annotations
 
 import ctypes
-import zlib
 from collections.abc import Sequence
 
 
@@ -39,11 +37,3 @@ def scatter(source_address: int, runs: Sequence[tuple[int, int]]) -> None:
     for address, length in runs:
         copy(address, source_address, length)
         source_address += length
-
-
-def image_checksum(runs: Sequence[tuple[int, int]]) -> int:
-    """Return the CRC-32 of the image that the pieces make up."""
-    checksum = 0
-    for address, length in runs:
-        checksum = zlib.crc32((ctypes.c_char * length).from_address(address), checksum)
-    return checksum

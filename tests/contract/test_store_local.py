@@ -339,7 +339,7 @@ def test_garbage_is_answered_counted_and_survived(cell):
     put(owner, [1])
     socket = owner._context.socket(zmq.DEALER)
     socket.connect(owner.address)
-    for garbage in (b"", b"\x01\xff\xff", b"\x02abc", wire.encode(wire.Renewed(1, 1, 1)),
+    for garbage in (b"", b"\x02\xff\xff", b"\x01abc", wire.encode(wire.Renewed(1, 1, 1)),
                     wire.encode(wire.Acquire(7, (b"k",), 100))):
         socket.send(garbage)
     answers = [wire.decode(socket.recv()) for _ in range(5)]

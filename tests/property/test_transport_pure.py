@@ -128,11 +128,11 @@ def test_the_owner_serves_only_reads_inside_the_region(reads, size):
 def test_wire_bytes_do_not_change():
     request = tcp_wire.pack_request(tcp_wire.Request(tcp_wire.WANT_CRC, 7, 1, 0x0102030405060708),
                                     np.array([[16, 32]], np.uint64))
-    assert request.hex() == ("4d5443500100010007000000010000000807060504030201" "1000000000000000" "2000000000000000")
+    assert request.hex() == ("4d5443500200010007000000010000000807060504030201" "1000000000000000" "2000000000000000")
     response = tcp_wire.pack_response(tcp_wire.Response(tcp_wire.UNKNOWN_REGION, 7, 1, 0))
-    assert response.hex() == "4d54435001000100070000000100000000" + "00" * 7
-    with pytest.raises(RemoteProtocolError, match="version 2"):
-        tcp_wire.unpack_request(request[:4] + b"\2\0" + request[6:tcp_wire.HEADER_BYTES])
+    assert response.hex() == "4d54435002000100070000000100000000" + "00" * 7
+    with pytest.raises(RemoteProtocolError, match="version 1"):
+        tcp_wire.unpack_request(request[:4] + b"\1\0" + request[6:tcp_wire.HEADER_BYTES])
 
 
 HERE, OTHER_PIDS, ELSEWHERE = HostIdentity("a", 1), HostIdentity("a", 2), HostIdentity("b", 1)

@@ -18,10 +18,12 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from mooncake_store.image import gather, image_checksum
+from mooncake_store.image import gather
 from mooncake_store.metrics import Metrics
 from mooncake_store.pool.index import BlockIndex, Reserved, StoredBlock
 from mooncake_store.transport.base import LocalMemory
+from mooncake_store.transport.checksum import checksum_of
+from mooncake_store.transport.copying import single_range
 from mooncake_store.types import BlockKey
 
 logger = logging.getLogger(__name__)
@@ -129,7 +131,7 @@ class Segment:
         try:
             address = self.address_of(block)
             gather(runs, address)
-            checksum = image_checksum([(address, block.extent.length)])
+            checksum = checksum_of(single_range(address, block.extent.length))
             is_written = True
         finally:
             if not is_written:
@@ -174,7 +176,7 @@ class Segment:
             return None
         is_intact = False
         try:
-            is_intact = image_checksum([(self.address_of(block), block.extent.length)]) == block.checksum
+            is_intact = checksum_of(single_range(self.address_of(block), block.extent.length)) == block.checksum
             if not is_intact:
                 logger.error("dropped block %s: its bytes no longer have its checksum", key.hex())
                 with self._lock:

@@ -60,7 +60,7 @@ class HeldBlock(Protocol):
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of its image."""
+        """Checksum of its image (transport/checksum.py)."""
         ...
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import zmq
 
 from mooncake_store.errors import MooncakeError
-from mooncake_store.image import image_checksum
 from mooncake_store.metrics import Metrics
 from mooncake_store.pull.base import GetOutcome, PeerAddress, Pulled
 from mooncake_store.pull.link import Attacher, PeerLink
@@ -25,6 +24,7 @@ from mooncake_store.pull.planner import Batch
 from mooncake_store.pull.session import Attach, Drop, Finish, Instruction, Read, Send, Settle, Verdict
 from mooncake_store.pull.wire import WireError
 from mooncake_store.transport.base import ReadBatch
+from mooncake_store.transport.checksum import checksum_of, is_comparable
 from mooncake_store.types import BlockKey, NodeId
 
 POLL_MAX_MS = 50
@@ -214,7 +214,9 @@ class PullRound:
                 verdicts.append(Verdict("failed", medium, reason))
             elif not self._is_verifying:
                 verdicts.append(Verdict("ok", medium))
-            elif image_checksum(run) == item.entry.checksum:
+            elif not is_comparable(item.entry.checksum):
+                verdicts.append(Verdict("failed", medium, "the owner's checksum is of another kind than ours"))
+            elif checksum_of(np.array(run, np.uint64)) == item.entry.checksum:
                 verdicts.append(Verdict("ok", medium, is_verified=True))
             else:
                 verdicts.append(Verdict("corrupt", medium, "the bytes do not have the owner's checksum"))

@@ -29,7 +29,7 @@ from mooncake_store.errors import LocalProtocolError, RemoteProtocolError
 from mooncake_store.transport.base import RegionDescriptor
 from mooncake_store.types import CONTENT_MAX_BYTES, NAMESPACE_BYTES, PART_BYTES, HostIdentity
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MESSAGE_MAX_BYTES = 1 << 20
 KEYS_MAX = 1024
 KEY_MAX_BYTES = NAMESPACE_BYTES + PART_BYTES + CONTENT_MAX_BYTES
@@ -42,7 +42,8 @@ Keys = Annotated[tuple[Key, ...], Meta(min_length=1, max_length=KEYS_MAX)]
 Text = Annotated[str, Meta(max_length=TEXT_MAX_CHARS)]
 Uint63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Length = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
-Checksum = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
+Checksum = Uint63
+"""See transport/checksum.py; says which kind it is."""
 TtlMs = Annotated[int, Meta(ge=1, le=TTL_MAX_MS)]
 
 

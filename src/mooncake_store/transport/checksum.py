@@ -1,13 +1,22 @@
-"""Compute the crc32 of scattered memory in a few calls.
+"""Compute the checksum of scattered memory at the speed of reading it, with numpy alone.
 
-zlib.crc32 takes one buffer and lets go of the GIL for it. Called for each of 1,024 small ranges it would queue for the
-GIL as often, so small ranges are gathered into a scratch buffer first, by the kernel: one queueing per 512 KiB.
+Definition (docs/adr/0005-checksum.md says why this one). The bytes of all ranges, one after the other, are a stream of
+little-endian 64-bit words, the last one padded with zeros. The stream is laid out in rows of ``ROW_WORDS`` words, 256
+rows make a segment. Each segment is summed by column, modulo 2**64. The checksum is the kind of this definition (one
+byte) followed by 7 bytes of the SHA-256 of the stream's length and all the column sums, 8 bytes together, below 2**63.
+
+How the bytes are cut into ranges does not matter, nor the machine. What is noticed, but for one chance in 2**56: every
+change of one word, so every flipped bit; bytes cut off or added; bytes replaced by unrelated ones (a zeroed or stale
+page, a torn write); bytes that changed places, unless they moved by a multiple of 3,992 bytes within one segment of
+1,021,952, which nothing aligned to a page does. It is no protection against intent.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import zlib
+import threading
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
@@ -16,38 +25,117 @@ from mooncake_store.transport import libc
 from mooncake_store.transport.copying import can_copy_by_kernel, single_range
 from mooncake_store.transport.cursor import RangeCursor
 
-SCRATCH_BYTES = 512 << 10
-LONG_RANGE_BYTES = 256 << 10
-"""Ranges of at least this on average are summed where they are."""
+KIND = 1
+"""Number of this definition. Values of different kinds say nothing of each other: see ``is_comparable``."""
+CHECKSUM_BYTES = 8
+
+ROW_WORDS = 499
+"""A prime, so that no distance between aligned places is a whole number of rows."""
+SEGMENT_ROWS = 256
+SEGMENT_WORDS = ROW_WORDS * SEGMENT_ROWS
+SCRATCH_BYTES = 1 << 20
+LONG_RANGE_BYTES = 128 << 10
+"""Ranges of at least this are summed where they are, shorter ones gathered first: one wait for the GIL per MiB."""
+
+_WORD_BYTES = 8
+_SPACE = libc.address_space()
+_local = threading.local()
 
 
-class RangeChecksum:
-    """Sums memory ranges of this process. One thread at a time."""
+def checksum_of(ranges: npt.NDArray[np.uint64]) -> int:
+    """Return the checksum of the concatenation of ranges, uint64 [n, 2] of (address, length), n >= 1.
 
-    def __init__(self) -> None:
-        self._space = libc.address_space()
-        self._scratch: npt.NDArray[np.uint8] | None = None
+    Releases the GIL while bytes are read. Threads: any, each with its own scratch buffer.
 
-    def crc32(self, ranges: npt.NDArray[np.uint64]) -> int:
-        """Return the crc32 of the concatenation of ranges, uint64 [n, 2] of (address, length), n >= 1.
+    Raises:
+        OSError: a range is not readable memory. Only where ranges are gathered by the kernel: the caller must know.
+    """
+    lengths = ranges[:, 1]
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    sums = _ColumnSums(total)
+    is_word = ((ranges[:, 0] | lengths | (ends - lengths)) & np.uint64(_WORD_BYTES - 1)) == 0
+    is_direct = is_word & (lengths >= LONG_RANGE_BYTES)
+    if not is_direct.any():
+        _add_gathered(sums, ranges)
+        return sums.checksum()
+    rows = zip(is_direct.tolist(), ranges, strict=True)
+    for is_long, group in groupby(rows, key=lambda row: row[0]):
+        members = np.array([row for _, row in group])
+        if is_long:
+            for address, length in members.tolist():
+                sums.add(np.frombuffer(_SPACE[address:address + length], "<u8"))
+        else:
+            _add_gathered(sums, members)
+    return sums.checksum()
 
-        Raises:
-            OSError: a range is not readable memory.
-        """
-        is_long = len(ranges) == 1 or int(ranges[:, 1].mean()) >= LONG_RANGE_BYTES
-        if is_long or not can_copy_by_kernel():
-            crc = 0
-            for address, length in ranges.tolist():
-                crc = zlib.crc32(self._space[address:address + length], crc)
-            return crc
-        if self._scratch is None:
-            self._scratch = np.empty(SCRATCH_BYTES, np.uint8)
-        local = single_range(self._scratch.ctypes.data, SCRATCH_BYTES)
-        cursor, crc, pid = RangeCursor(ranges), 0, os.getpid()
-        while not cursor.is_done():
-            count = libc.read_process(pid, local, cursor.window())
+
+def is_comparable(checksum: int) -> bool:
+    """Tell whether a checksum that came from elsewhere is of the kind computed here."""
+    return checksum >> 56 == KIND
+
+
+class _ColumnSums:
+    """Sums a stream of ``total_bytes`` as its words come in, in order."""
+
+    def __init__(self, total_bytes: int) -> None:
+        num_words = -(-total_bytes // _WORD_BYTES)
+        self._total_bytes = total_bytes
+        self._width = min(ROW_WORDS, num_words)
+        self._sums = np.zeros((-(-num_words // SEGMENT_WORDS), ROW_WORDS), "<u8")
+        self._num_added = 0
+
+    def add(self, words: npt.NDArray[np.uint64]) -> None:
+        """Add the next words: whole segments and whole rows in one call each."""
+        while len(words):
+            row, column = divmod(self._num_added, ROW_WORDS)
+            segment, row = divmod(row, SEGMENT_ROWS)
+            num_rows = 0 if column else len(words) // ROW_WORDS
+            if num_rows == 0:
+                taken = min(ROW_WORDS - column, len(words))
+                self._sums[segment, column:column + taken] += words[:taken]
+            elif row == 0 and num_rows >= SEGMENT_ROWS:
+                count = num_rows // SEGMENT_ROWS
+                taken = count * SEGMENT_WORDS
+                np.add.reduce(words[:taken].reshape(count, SEGMENT_ROWS, ROW_WORDS), axis=1,
+                              out=self._sums[segment:segment + count])
+            else:
+                num_rows = min(num_rows, SEGMENT_ROWS - row)
+                taken = num_rows * ROW_WORDS
+                self._sums[segment] += np.add.reduce(words[:taken].reshape(num_rows, ROW_WORDS), axis=0)
+            self._num_added += taken
+            words = words[taken:]
+
+    def checksum(self) -> int:
+        """Return the checksum, once everything was added."""
+        digest = hashlib.sha256(self._total_bytes.to_bytes(8, "little"), usedforsecurity=False)
+        digest.update(self._sums[:, :self._width].data if self._width < ROW_WORDS else self._sums.data)
+        return KIND << 56 | int.from_bytes(digest.digest()[:7], "little")
+
+
+def _add_gathered(sums: _ColumnSums, ranges: npt.NDArray[np.uint64]) -> None:
+    """Copy ranges into the scratch buffer, by the kernel where it lets us, and add them from there."""
+    scratch: npt.NDArray[np.uint8] | None = getattr(_local, "scratch", None)
+    if scratch is None:
+        scratch = _local.scratch = np.empty(SCRATCH_BYTES, np.uint8)
+    address, filled = scratch.ctypes.data, 0
+    cursor = RangeCursor(ranges)
+    while not cursor.is_done():
+        if can_copy_by_kernel():
+            count = libc.read_process(os.getpid(), single_range(address + filled, SCRATCH_BYTES - filled),
+                                      cursor.window())
             if count == 0:
                 raise OSError("no bytes could be read")
-            crc = zlib.crc32(self._scratch[:count].data, crc)
-            cursor.advance(count)
-        return crc
+        else:
+            source, length = (int(value) for value in cursor.window()[0])
+            count = min(length, SCRATCH_BYTES - filled)
+            scratch[filled:filled + count] = np.frombuffer(_SPACE[source:source + count], np.uint8)
+        cursor.advance(count)
+        filled += count
+        if filled == SCRATCH_BYTES:
+            sums.add(scratch.view("<u8"))
+            filled = 0
+    if filled:
+        end = -(-filled // _WORD_BYTES) * _WORD_BYTES
+        scratch[filled:end] = 0
+        sums.add(scratch[:end].view("<u8"))

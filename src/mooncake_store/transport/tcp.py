@@ -6,7 +6,7 @@ the bytes are received straight into their targets. One thread, the caller's, dr
 A stream is dropped, with what was in flight on it, on any error and at the deadline, so that nothing is written to a
 target after ``read`` has returned; the next read opens a new one.
 
-Integrity: each frame carries a crc32 (tcp's own sum misses one corruption in 65,536). A mismatch fails the frame's
+Integrity: each frame carries a checksum (tcp's own sum misses one corruption in 65,536). A mismatch fails the frame's
 requests.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 from mooncake_store.errors import ChecksumMismatch, MooncakeError, PeerUnreachable, RemoteProtocolError, TransferFailed
 from mooncake_store.transport import libc, tcp_wire
 from mooncake_store.transport.base import LocalMemory, ReadBatch, ReadResult, RegionDescriptor, RegionGone, TcpOffer
-from mooncake_store.transport.checksum import RangeChecksum
+from mooncake_store.transport.checksum import checksum_of
 from mooncake_store.transport.coalesce import Group, Pieces, coalesce, groups
 from mooncake_store.transport.copying import past_deadline
 from mooncake_store.transport.cursor import RangeCursor
@@ -50,7 +50,7 @@ class TcpTransport:
     Args:
         host: address to bind and to announce.
         num_streams: connections of one attachment.
-        checksum: verify a crc32 of every frame.
+        checksum: verify the checksum of every frame.
 
     Threads: one, started by the first ``serve``, answers all readers; reading uses the caller's thread.
     """
@@ -141,7 +141,7 @@ class _Stream:
         self.frames: deque[_Frame] = deque()
         self.cursor: RangeCursor | None = None
         self.header = np.zeros(HEADER_BYTES, np.uint8)
-        self.crc = np.zeros(1, "<u4")
+        self.crc = np.zeros(1, "<u8")
         self.has_header = False
 
     def send(self) -> None:
@@ -183,7 +183,6 @@ class TcpAttachment:
         self._checksum = checksum
         self._lock = threading.Lock()
         self._streams: list[_Stream] = []
-        self._summer = RangeChecksum()
         self._next_frame_id = 0
         self._is_closed = False
 
@@ -355,7 +354,7 @@ class TcpAttachment:
             run.done[window] = True
             return
         ranges = np.column_stack((run.pieces.local_addresses[window], run.pieces.lengths[window]))
-        if self._summer.crc32(ranges) == int(stream.crc[0]):
+        if checksum_of(ranges) == int(stream.crc[0]):
             run.done[window] = True
         else:
             run.fail(ChecksumMismatch(f"{frame.group.num_bytes} bytes arrived changed", where=self._where))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from mooncake_store.errors import RemoteProtocolError
 from mooncake_store.transport import libc, tcp_wire
 from mooncake_store.transport.base import LocalMemory
-from mooncake_store.transport.checksum import RangeChecksum
+from mooncake_store.transport.checksum import checksum_of
 from mooncake_store.transport.copying import single_range
 from mooncake_store.transport.cursor import RangeCursor
 from mooncake_store.transport.tcp_wire import (
@@ -120,7 +120,6 @@ class ReadServer:
         self._regions: dict[int, LocalMemory] = {}
         self._connections: set[_Connection] = set()
         self._space = libc.address_space()
-        self._checksum = RangeChecksum()
         self._selector = selectors.DefaultSelector()
         self._wake_read, self._wake_write = socket.socketpair()
         self._selector.register(self._wake_read, selectors.EVENT_READ)
@@ -248,7 +247,7 @@ class ReadServer:
             region_id, staged = request.region_id, _bytes(b"")
         crc = _bytes(b"")
         if request.flags & tcp_wire.WANT_CRC:
-            crc = _bytes(self._checksum.crc32(ranges).to_bytes(tcp_wire.CRC_BYTES, "little"))
+            crc = _bytes(checksum_of(ranges).to_bytes(tcp_wire.CRC_BYTES, "little"))
         return _Answer(region_id, [header, staged, crc], None if region_id == 0 else ranges)
 
     def _send(self, connection: _Connection, answer: _Answer) -> None:

@@ -3,7 +3,7 @@
 ::
 
     request   header(24) | count x (offset u64, length u64)
-    response  header(24) | the bytes of every read, in order | crc32 u32 of these bytes, when the request asked for it
+    response  header(24) | the bytes of every read, in order | checksum u64 of these bytes, when asked for
 
 A connection carries any number of request frames, answered in order. ``count`` 0 asks only whether the region is
 served. A refusal is a response header without bytes; the reader drops the connection after one. Little-endian.
@@ -18,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_store.errors import RemoteProtocolError
+from mooncake_store.transport.checksum import CHECKSUM_BYTES
 
 MAGIC = b"MTCP"
-VERSION = 1
+VERSION = 2
 FRAME_READS_MAX = 1024
 FRAME_MAX_BYTES = 8 << 20
 """Bytes of one response. Also the longest read: longer ones are cut before they get here."""
@@ -28,7 +29,7 @@ FRAME_MAX_BYTES = 8 << 20
 HEADER = struct.Struct("<4sHHIIQ")
 HEADER_BYTES = HEADER.size
 READ_BYTES = 16
-CRC_BYTES = 4
+CRC_BYTES = CHECKSUM_BYTES
 REQUEST_MAX_BYTES = HEADER_BYTES + READ_BYTES * FRAME_READS_MAX
 
 WANT_CRC = 1

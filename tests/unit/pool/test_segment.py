@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import zlib
 
 import numpy as np
 import pytest
 
-from mooncake_store.image import image_checksum, merge_adjacent
+from mooncake_store.image import merge_adjacent
 from mooncake_store.metrics import Metrics
 from mooncake_store.pool import segment as segment_module
 from mooncake_store.pool.segment import Segment
+from mooncake_store.transport.checksum import checksum_of
 from mooncake_store.transport.memory import map_memfd
 
 PAGE = 4096
@@ -31,12 +31,12 @@ def pieces(data: bytes, cuts: list[int]):
     return arrays, [(array.ctypes.data, array.nbytes) for array in arrays]
 
 
-def test_a_block_is_stored_as_its_pieces_in_order_with_their_crc(segment):
+def test_a_block_is_stored_as_its_pieces_in_order_with_their_checksum(segment):
     data = bytes(range(256)) * 20
     keep, runs = pieces(data, [1, 100, 4000])
     stored = segment.store(b"key", runs)
     assert stored.result == "stored" and ctypes.string_at(segment.address_of(stored.block), len(data)) == data
-    assert stored.block.checksum == zlib.crc32(data) == image_checksum(runs)
+    assert stored.block.checksum == checksum_of(np.array(runs, np.uint64))
     segment.unpin([stored.block])
     assert segment.verify(b"key") is True and segment.num_in_use() == (0, 0)
 

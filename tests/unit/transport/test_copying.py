@@ -3,16 +3,14 @@
 import mmap
 import threading
 import time
-import zlib
 
 import numpy as np
 import pytest
 
 from mooncake_store.errors import TransferFailed
 from mooncake_store.testing.transport import Target, pattern, soon
-from mooncake_store.transport import checksum, copying
+from mooncake_store.transport import copying
 from mooncake_store.transport.base import ReadBatch
-from mooncake_store.transport.checksum import RangeChecksum
 
 SIZE = 8 << 20
 SOURCE = pattern(SIZE, 3)
@@ -88,16 +86,3 @@ def test_a_thread_busy_in_python_does_not_stall_many_small_copies():
         thread.join()
     assert result.error is None and elapsed < 5.0
     target.check(result, SOURCE)
-
-
-@pytest.mark.parametrize("can_gather", [True, False])
-@pytest.mark.parametrize("longest", [1, 3000, 700_000])
-def test_a_checksum_of_ranges_is_that_of_their_bytes(monkeypatch, can_gather, longest):
-    monkeypatch.setattr(checksum, "can_copy_by_kernel", lambda: can_gather)
-    rng = np.random.default_rng(longest)
-    lengths = rng.integers(1, longest + 1, 1500 if longest < 5000 else 8)
-    starts = rng.integers(0, SIZE - longest, len(lengths))
-    ranges = np.column_stack((starts + SOURCE.ctypes.data, lengths)).astype(np.uint64)
-    expected = zlib.crc32(b"".join(SOURCE[start:start + length].tobytes()
-                                   for start, length in zip(starts, lengths, strict=True)))
-    assert RangeChecksum().crc32(ranges) == expected
