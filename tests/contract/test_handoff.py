@@ -10,7 +10,9 @@ import pytest
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.kv.layout import KVLayout
+from mooncake_connector.transfer.cache import AttachedCache
 from mooncake_connector.transfer.endpoint import CacheMemory, WorkerEndpoint
+from mooncake_connector.transfer.messages import CachePart
 from mooncake_connector.transfer.steps import (
     Announced,
     Expected,
@@ -20,6 +22,10 @@ from mooncake_connector.transfer.steps import (
     StepPlan,
     StepResults,
 )
+from mooncake_store.metrics import Metrics
+from mooncake_store.transport.base import LocalMemory, ReadBatch
+from mooncake_store.transport.media import Media
+from mooncake_store.types import Extent
 from unit.kv.test_fingerprint import ONE as FINGERPRINT
 
 LAYERS, PAGE, BLOCKS, TOKENS = 4, 8192, 32, 16
@@ -57,6 +63,8 @@ class Engine:
         self.results.sent |= got.sent
         self.results.received |= got.received
         self.results.bad_blocks |= got.bad_blocks
+        self.results.notes |= got.notes
+        self.results.lost |= got.lost
 
     def until(self, condition, timeout_s=5.0):
         deadline = time.monotonic() + timeout_s
@@ -214,7 +222,7 @@ def test_garbage_on_the_control_socket_is_counted_and_harmless(pair):
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
         socket.setsockopt(zmq.LINGER, 500)
         socket.connect(source.endpoint.address)
-        for data in (b"", b"\x00", b"\x01\xc1", os.urandom(64), b"\x01" + os.urandom(2000)):
+        for data in (b"", b"\x00", b"\x02\xc1", os.urandom(64), b"\x02" + os.urandom(2000)):
             socket.send(data)
         socket.send_multipart([b"a", b"b", b"c"])
         source.until(lambda r: source.sample('mooncake_protocol_errors_total{reason="malformed"}') >= 5)
@@ -222,6 +230,92 @@ def test_garbage_on_the_control_socket_is_counted_and_harmless(pair):
     target.step(StepPlan(handoffs=[load(source)]))
     target.until(lambda r: r.received)
     assert_equal(source, target)
+
+
+def test_a_note_arrives_with_the_last_block(pair):
+    source, target = pair()
+    item = load(source)
+    item.wants_note = True
+    target.step(StepPlan(handoffs=[item]))
+    last = prefill()
+    last.note = b"first token: 42"
+    source.step(StepPlan(prefills=[prefill(after=64)]), num_layers=LAYERS)
+    source.step(StepPlan(prefills=[last]), num_layers=LAYERS)
+    target.until(lambda r: r.received)
+    assert (target.results.notes, target.results.lost) == ({"d": b"first token: 42"}, {})
+    assert_equal(source, target)
+
+
+def test_a_note_is_waited_for_even_when_every_block_is_here(pair):
+    source, target = pair()
+    item = load(source, first=len(TARGET_BLOCKS))
+    item.wants_note = True
+    target.step(StepPlan(handoffs=[item]))
+    last = prefill()
+    last.note = b"x"
+    source.step(StepPlan(prefills=[last]), num_layers=LAYERS)
+    target.until(lambda r: r.received)
+    assert (target.results.notes, target.num_pulled_bytes) == ({"d": b"x"}, 0)
+
+
+def test_a_peer_that_gives_up_is_told_to_the_engine_with_the_reason(pair):
+    source, target = pair()
+    target.step(StepPlan(handoffs=[load(source)]))
+    source.step(StepPlan(prefills=[prefill(after=64)]), num_layers=LAYERS)
+    target.step(StepPlan(cancelled=["d"]))
+    source.until(lambda r: r.lost)
+    assert source.results.lost == {"p": "the decode side is through"}
+    target.until(lambda r: r.lost)
+    assert target.results.lost == {"d": "cancelled"}
+
+
+@pytest.fixture
+def scattered():
+    """Yield a source whose layers were allocated one by one, and a target that was not."""
+    buffers = [np.random.default_rng(layer).integers(0, 256, PAGE * BLOCKS, np.uint8) for layer in range(LAYERS)]
+    starts = [buffer.ctypes.data for buffer in buffers]
+    base = min(starts)
+    layout = KVLayout(tuple(start - base for start in starts), PAGE, PAGE, BLOCKS, TOKENS,
+                      max(starts) - base + PAGE * BLOCKS)
+    spans = tuple(Extent(start - base, PAGE * BLOCKS) for start in starts)
+    source = Engine.__new__(Engine)
+    source.results = StepResults()
+    source.endpoint = WorkerEndpoint(config(), engine_id="p-scattered", rank=0,
+                                     cache=CacheMemory(base, layout, FINGERPRINT, buffers, spans))
+    target = Engine("d-scattered", seed=2)
+    yield source, buffers, target
+    source.endpoint.close()
+    target.endpoint.close()
+
+
+def test_a_cache_of_several_allocations_is_read_and_what_lies_between_is_not(scattered):
+    source, buffers, target = scattered
+    source.step(StepPlan(prefills=[prefill()]))
+    target.step(StepPlan(handoffs=[load(source)]))
+    target.until(lambda r: r.received)
+    assert target.results.bad_blocks == set()
+    for a, b in zip(SOURCE_BLOCKS, TARGET_BLOCKS, strict=True):
+        for layer in range(LAYERS):
+            assert np.array_equal(buffers[layer][a * PAGE: (a + 1) * PAGE], target.page(layer, b))
+
+
+def test_a_read_outside_every_region_fails_alone():
+    media = Media(allowed=("cma", "tcp"), metrics=Metrics())
+    memory = np.arange(4096, dtype=np.uint8)
+    parts = (CachePart(4096, media.serve(LocalMemory(memory.ctypes.data, 4096, owner=memory))),
+             CachePart(65_536, media.serve(LocalMemory(memory.ctypes.data, 4096, owner=memory))))
+    deadline_ns = time.monotonic_ns() + 10**9
+    cache = AttachedCache(media, parts, deadline_ns=deadline_ns)
+    try:
+        out = np.zeros(64, np.uint8)
+        for offset, is_inside in ((4096 + 64, True), (65_536, True), (0, False), (8192 - 32, False), (70_000, False)):
+            batch = ReadBatch(np.array([offset], np.uint64), np.array([out.ctypes.data], np.uint64),
+                              np.array([64], np.uint64))
+            result = cache.read(batch, deadline_ns=deadline_ns)
+            assert (bool(result.ok[0]), result.error is None) == (is_inside, is_inside), offset
+    finally:
+        cache.close()
+        media.close()
 
 
 def _serve(connection, after):

@@ -124,7 +124,7 @@ def test_statistics_travel_as_deltas_and_reach_the_metrics_page():
 
 
 def test_weights_are_named_by_content_not_by_path(tmp_path):
-    from mooncake_connector.engines.vllm.describe import config_digest, weights_digest
+    from mooncake_connector.transfer.model import config_digest, weights_digest
 
     for name, data in (("a", b"x" * 9000), ("b", b"x" * 9000), ("c", b"x" * 8999 + b"y")):
         (tmp_path / name).mkdir()

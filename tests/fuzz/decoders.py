@@ -80,7 +80,7 @@ TO_PREFILL = (
     handoff.VerifyRequest("t1", 3),
 )
 TO_DECODE = (
-    handoff.Welcome(LAYOUT, REGION, REGION, HOST, 77), handoff.Refused("no"),
+    handoff.Welcome(LAYOUT, (handoff.CachePart(0, REGION),), REGION, HOST, 77), handoff.Refused("no"),
     handoff.Ready("t1", 5, 7, Progress(128, 256, 3), [9, 8, 7]), handoff.Ready("t1", 5, 7, Progress(), None),
     handoff.Abort("t1", "gone"), handoff.Alive(), handoff.VerifyReply("t1", [1, 2, 3]),
 )

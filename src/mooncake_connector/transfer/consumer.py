@@ -16,7 +16,7 @@ import logging
 import threading
 
 from mooncake_connector.transfer.peer import Cancel, PeerContext, PrefillPeer
-from mooncake_connector.transfer.steps import Announced, HandoffLoad, StepPlan, StepResults
+from mooncake_connector.transfer.steps import Announced, HandoffLoad, Received, StepPlan, StepResults
 from mooncake_store.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -31,11 +31,15 @@ class Inbox:
         self._lock = threading.Lock()
         self._results = StepResults()
 
-    def receive(self, request_id: str, bad_blocks: list[int]) -> None:
+    def receive(self, item: Received) -> None:
         """Say that a parked request's wait is over; exactly once per request."""
         with self._lock:
-            self._results.received.add(request_id)
-            self._results.bad_blocks.update(bad_blocks)
+            self._results.received.add(item.request_id)
+            self._results.bad_blocks.update(item.bad_blocks)
+            if item.reason:
+                self._results.lost[item.request_id] = item.reason
+            elif item.note is not None:
+                self._results.notes[item.request_id] = item.note
 
     def take(self) -> StepResults:
         """Return everything since the last call."""
@@ -121,4 +125,5 @@ class Consumer:
         logger.warning("transfer %s names no usable prefill address for rank %d: %s",
                        load.transfer_id, self._rank, load.addresses)
         self._metrics.add("mooncake_transfers_total", role="decode", result="no_peer")
-        self._context.report(load.request_id, load.block_ids[load.first_block:])
+        self._context.report(Received(request_id=load.request_id, bad_blocks=load.block_ids[load.first_block:],
+                                      reason="no usable prefill address"))

@@ -14,9 +14,8 @@ import time
 import msgspec
 
 from mooncake_connector.config import ConnectorConfig
-from mooncake_connector.kv.fingerprint import Fingerprint
-from mooncake_connector.kv.layout import KVLayout
 from mooncake_connector.metrics import CONNECTOR_METRICS
+from mooncake_connector.transfer.cache import CacheMemory, serve_cache
 from mooncake_connector.transfer.consumer import Consumer, Inbox
 from mooncake_connector.transfer.doorbell import Ringer
 from mooncake_connector.transfer.epochs import Epochs
@@ -25,22 +24,14 @@ from mooncake_connector.transfer.memory import PageReader
 from mooncake_connector.transfer.peer import PeerContext
 from mooncake_connector.transfer.prefix import PoolWorker
 from mooncake_connector.transfer.producer import Producer
-from mooncake_connector.transfer.steps import StepPlan, StepResults
+from mooncake_connector.transfer.steps import Received, StepPlan, StepResults
 from mooncake_store.client import StoreClient
 from mooncake_store.metrics import STORE_METRICS, Metrics
-from mooncake_store.transport.base import LocalMemory
 from mooncake_store.transport.memory import populate
 
+__all__ = ["CacheMemory", "WorkerEndpoint"]
+
 logger = logging.getLogger(__name__)
-
-
-class CacheMemory(msgspec.Struct, frozen=True):
-    """One worker's KV cache: where it is, how it is laid out, what it is compatible with."""
-
-    address: int
-    layout: KVLayout
-    fingerprint: Fingerprint
-    owner: object
 
 
 class WorkerEndpoint:
@@ -51,11 +42,10 @@ class WorkerEndpoint:
         self._metrics = Metrics(STORE_METRICS, CONNECTOR_METRICS)
         if not config.pool:
             config = msgspec.structs.replace(config, directory="off", segment_bytes=0)
-        seconds = populate(cache.address, cache.layout.size_bytes)
-        logger.info("populated %d MiB of KV cache in %.2f s", cache.layout.size_bytes >> 20, seconds)
+        seconds = sum(populate(cache.address + span.offset, span.length) for span in cache.mapped)
+        logger.info("populated %d MiB of KV cache in %.2f s", sum(s.length for s in cache.mapped) >> 20, seconds)
         self.client = StoreClient(config, kind="engine", metrics=self._metrics)
         media = self.client.media
-        region = media.serve(LocalMemory(cache.address, cache.layout.size_bytes, owner=cache.owner))
         self._lock = threading.Lock()
         self._holds = Holds()
         self._inbox = Inbox()
@@ -64,8 +54,8 @@ class WorkerEndpoint:
         pages = PageReader(cache.layout, cache.address)
         self._producer = Producer(
             host=config.host, identity=media.identity(), pid=os.getpid(), fingerprint=cache.fingerprint,
-            layout=cache.layout, cache=region, pages=pages, epochs=self._epochs, holds=self._holds, lock=self._lock,
-            lease_s=config.handoff_lease_s, metrics=self._metrics,
+            layout=cache.layout, cache=serve_cache(media, cache), pages=pages, epochs=self._epochs, holds=self._holds,
+            lock=self._lock, lease_s=config.handoff_lease_s, metrics=self._metrics,
         )
         context = PeerContext(
             media=media, fingerprint=cache.fingerprint, pages=pages, metrics=self._metrics, report=self._report,
@@ -114,6 +104,8 @@ class WorkerEndpoint:
             sent=self._producer.take_sent(),
             received=received.received | loaded.received,
             bad_blocks=received.bad_blocks | loaded.bad_blocks,
+            notes=received.notes,
+            lost=self._producer.take_lost() | received.lost,
         )
 
     def samples(self) -> dict[str, float]:
@@ -134,6 +126,6 @@ class WorkerEndpoint:
         self._ringer.close()
         logger.info("closed in %.1f s", time.monotonic() - started)
 
-    def _report(self, request_id: str, bad_blocks: list[int]) -> None:
-        self._inbox.receive(request_id, bad_blocks)
+    def _report(self, item: Received) -> None:
+        self._inbox.receive(item)
         self._ringer.ring()

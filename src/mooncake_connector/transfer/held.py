@@ -44,6 +44,13 @@ class Report(msgspec.Struct, frozen=True):
     request_id: str
 
 
+class Lose(msgspec.Struct, frozen=True):
+    """Tell the engine that nobody will fetch the request's blocks."""
+
+    request_id: str
+    reason: str
+
+
 class TellAbort(msgspec.Struct, frozen=True):
     """Tell a subscriber that nothing more will come."""
 
@@ -52,7 +59,7 @@ class TellAbort(msgspec.Struct, frozen=True):
     reason: str
 
 
-Instruction = Publish | Revoke | Report | TellAbort
+Instruction = Publish | Revoke | Report | Lose | TellAbort
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,6 +67,7 @@ class HeldTransfer:
     """One transfer as the prefill side knows it.
 
     ``deadline_ns`` is when a silent peer loses it; 0 while there is nothing to lose. ``sent`` is what the peer knows.
+    ``is_computed``: everything the peer needs was published.
     """
 
     transfer_id: str
@@ -73,6 +81,8 @@ class HeldTransfer:
     step: PrefillStep | None = None
     sent: tuple[int, Progress] | None = None
     num_sent_blocks: int = 0
+    note: bytes | None = None
+    is_computed: bool = False
     reason: str = ""
 
 
@@ -154,6 +164,8 @@ class HeldTransfers:
         if transfer is None or transfer.step is None:
             return False
         transfer.progress = Progress(transfer.step.tokens_after, transfer.step.tokens_after, 0)
+        transfer.note = transfer.step.note
+        transfer.is_computed = transfer.step.tokens_after >= transfer.step.tokens_needed
         transfer.step = None
         return transfer.peer is not None
 
@@ -163,7 +175,7 @@ class HeldTransfers:
         if transfer is None:
             return []
         transfer.block_ids, transfer.progress, transfer.step = [], Progress(), None
-        transfer.num_sent_blocks = 0
+        transfer.num_sent_blocks, transfer.note, transfer.is_computed = 0, None, False
         return self._take(transfer, HeldEvent.PREEMPTED, now_ns)
 
     def finish(self, item: Finished, now_ns: int) -> list[Instruction]:
@@ -216,7 +228,7 @@ class HeldTransfers:
         block_ids = None
         if len(transfer.block_ids) != transfer.num_sent_blocks:
             block_ids, transfer.num_sent_blocks = transfer.block_ids, len(transfer.block_ids)
-        return transfer.peer, Ready(transfer_id, transfer.slot, epoch, transfer.progress, block_ids)
+        return transfer.peer, Ready(transfer_id, transfer.slot, epoch, transfer.progress, block_ids, transfer.note)
 
     def block_ids(self, transfer_id: str) -> list[int]:
         """Return the blocks of a transfer that may still be read; empty when it is gone."""
@@ -239,6 +251,8 @@ class HeldTransfers:
         if transfer.request_id != request_id:
             transfer.request_id = request_id
             self._by_request[request_id] = transfer
+        if transfer.state is Held.GONE:
+            return [Lose(request_id, transfer.reason)]
         return self._take(transfer, HeldEvent.SCHEDULED, now_ns)
 
     def _open(self, transfer_id: str, state: Held, now_ns: int) -> HeldTransfer | None:
@@ -257,6 +271,8 @@ class HeldTransfers:
 
     def _take(self, transfer: HeldTransfer, event: HeldEvent, now_ns: int, reason: str = "") -> list[Instruction]:
         step = held_step(transfer.state, event)
+        is_unread = event is HeldEvent.EXPIRED or (event is HeldEvent.DONE and not transfer.is_computed)
+        is_lost = is_unread and bool(transfer.request_id) and transfer.state is not Held.GONE
         if step.state is Held.GONE and transfer.state is not Held.GONE:
             transfer.reason = reason
             transfer.deadline_ns = now_ns + TOMBSTONE_NS
@@ -264,7 +280,8 @@ class HeldTransfers:
         if step.state is Held.HELD:
             transfer.deadline_ns = now_ns + self._lease_ns
         transfer.state = step.state
-        return [item for action in step.actions if (item := self._instruct(action, transfer)) is not None]
+        instructions = [item for action in step.actions if (item := self._instruct(action, transfer)) is not None]
+        return [*instructions, Lose(transfer.request_id, reason)] if is_lost else instructions
 
     def _instruct(self, action: Action, transfer: HeldTransfer) -> Instruction | None:
         if action is Action.PUBLISH:

@@ -12,18 +12,20 @@ import msgspec
 from msgspec import Meta
 
 from mooncake_connector.kv.fingerprint import Fingerprint
-from mooncake_connector.kv.layout import KVLayout
+from mooncake_connector.kv.layout import KVLayout, Size
 from mooncake_connector.kv.plan import Progress
 from mooncake_store.errors import RemoteProtocolError
 from mooncake_store.transport.base import RegionDescriptor
 from mooncake_store.types import HostIdentity, Pid, Uint63
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 MESSAGE_MAX_BYTES = 4 << 20
 TEXT_MAX_CHARS = 65_536
 TRANSFER_ID_MAX_CHARS = 1024
 HEARTBEATS_MAX = 65_536
 BLOCKS_MAX = 1 << 20
+NOTE_MAX_BYTES = 64 << 10
+PARTS_MAX = 4096
 
 TransferId = Annotated[str, Meta(max_length=TRANSFER_ID_MAX_CHARS)]
 Text = Annotated[str, Meta(max_length=TEXT_MAX_CHARS)]
@@ -69,18 +71,29 @@ class VerifyRequest(msgspec.Struct, frozen=True, array_like=True, tag="verify"):
 # ---- to the decode worker
 
 
+class CachePart(msgspec.Struct, frozen=True, array_like=True):
+    """One region of a cache; ``offset`` is where it begins in the layout's address space."""
+
+    offset: Size
+    region: RegionDescriptor
+
+
 class Welcome(msgspec.Struct, frozen=True, array_like=True, tag="welcome"):
-    """Describe the prefill worker's cache and its page of epoch words, once per connection."""
+    """Describe the prefill worker's cache and its page of epoch words, once per connection.
+
+    ``cache`` covers every page of ``layout``, not necessarily what is between pages.
+    """
 
     layout: KVLayout
-    cache: RegionDescriptor
+    cache: Annotated[tuple[CachePart, ...], Meta(min_length=1, max_length=PARTS_MAX)]
     epochs: RegionDescriptor
     host: HostIdentity
     pid: Pid
 
     def __post_init__(self) -> None:
-        if self.layout.size_bytes > self.cache.size_bytes:
-            raise ValueError(f"a layout of {self.layout.size_bytes} bytes in a region of {self.cache.size_bytes}")
+        end = max(part.offset + part.region.size_bytes for part in self.cache)
+        if self.layout.size_bytes > end:
+            raise ValueError(f"a layout of {self.layout.size_bytes} bytes in regions that end at {end}")
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
@@ -97,6 +110,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
         epoch: value it must still have after a copy; anything else means that the copy may hold other bytes.
         progress: see kv.plan.Progress.
         block_ids: ids of the prompt's blocks; None when unchanged since the last Ready of this transfer to this peer.
+        note: what the prefill engine has to say once the last block is ready; None before, and when it says nothing.
     """
 
     transfer_id: TransferId
@@ -104,6 +118,7 @@ class Ready(msgspec.Struct, frozen=True, array_like=True, tag="ready"):
     epoch: int
     progress: Progress
     block_ids: Annotated[list[Index], Meta(max_length=BLOCKS_MAX)] | None
+    note: Annotated[bytes, Meta(max_length=NOTE_MAX_BYTES)] | None = None
 
 
 class Abort(msgspec.Struct, frozen=True, array_like=True, tag="abort"):

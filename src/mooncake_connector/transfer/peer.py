@@ -20,6 +20,7 @@ import zmq
 
 from mooncake_connector.kv.fingerprint import Fingerprint
 from mooncake_connector.kv.plan import PagePlan
+from mooncake_connector.transfer.cache import AttachedCache
 from mooncake_connector.transfer.epochs import WORD_BYTES
 from mooncake_connector.transfer.lifecycle import PullEvent, PullStep
 from mooncake_connector.transfer.memory import PageReader
@@ -40,7 +41,7 @@ from mooncake_connector.transfer.messages import (
     encode,
 )
 from mooncake_connector.transfer.pulls import PullTransfer
-from mooncake_connector.transfer.steps import Announced, HandoffLoad
+from mooncake_connector.transfer.steps import Announced, HandoffLoad, Received
 from mooncake_connector.transfer.watch import Watch
 from mooncake_store.errors import MooncakeError, RemoteProtocolError
 from mooncake_store.metrics import Metrics
@@ -64,14 +65,14 @@ class PeerContext(msgspec.Struct, frozen=True):
     """What every peer thread shares.
 
     Attributes:
-        report: called from the peer thread, exactly once per parked request: (request_id, blocks not filled).
+        report: called from the peer thread, exactly once per parked request.
     """
 
     media: Media
     fingerprint: Fingerprint
     pages: PageReader
     metrics: Metrics
-    report: Callable[[str, list[int]], None]
+    report: Callable[[Received], None]
     lease_s: float
     timeout_s: float
     pull_timeout_s: float
@@ -91,7 +92,7 @@ class PrefillPeer:
         self._watch = Watch(self._socket)
         self._pulls: dict[str, PullTransfer] = {}
         self._welcome: Welcome | None = None
-        self._cache: MediaAttachment | None = None
+        self._cache: AttachedCache | None = None
         self._epochs: MediaAttachment | None = None
         self._word = np.zeros(1, np.uint64)
         self._heard_ns = time.monotonic_ns()
@@ -185,8 +186,9 @@ class PrefillPeer:
         if isinstance(command, HandoffLoad):
             logger.warning("transfer %s: %s", command.transfer_id, reason)
             self._c.metrics.add("mooncake_transfers_total", role="decode", result="lost")
-            if command.first_block < len(command.block_ids):
-                self._c.report(command.request_id, command.block_ids[command.first_block:])
+            if command.first_block < len(command.block_ids) or command.wants_note:
+                self._c.report(Received(request_id=command.request_id, reason=reason,
+                                        bad_blocks=command.block_ids[command.first_block:]))
 
     def _run_commands(self) -> None:
         while True:
@@ -210,7 +212,7 @@ class PrefillPeer:
         return transfer
 
     def _start(self, load: HandoffLoad) -> None:
-        if load.first_block >= len(load.block_ids):
+        if load.first_block >= len(load.block_ids) and not load.wants_note:
             # Everything is here already: nothing is parked, so nothing is reported; the prefill may free.
             self._pulls.pop(load.transfer_id, None)
             self._send(Done(load.transfer_id))
@@ -256,7 +258,7 @@ class PrefillPeer:
     def _attach(self, welcome: Welcome) -> None:
         deadline_ns = time.monotonic_ns() + int(self._c.pull_timeout_s * 1e9)
         try:
-            self._cache = self._c.media.attach(welcome.cache, deadline_ns=deadline_ns)
+            self._cache = AttachedCache(self._c.media, welcome.cache, deadline_ns=deadline_ns)
             self._epochs = self._c.media.attach(welcome.epochs, deadline_ns=deadline_ns)
         except MooncakeError as error:
             self._lost = f"cannot read the prefill worker's memory: {error.message}"
@@ -344,14 +346,16 @@ class PrefillPeer:
             self._pulls.pop(transfer.transfer_id, None)
         if not step.reports:
             return
-        bad_blocks = [] if result == "complete" else transfer.bad_blocks()
+        is_filled = result == "complete"
+        bad_blocks = [] if is_filled else transfer.bad_blocks()
         self._c.metrics.add("mooncake_transfers_total", role="decode", result=result)
-        if result == "complete":
+        if is_filled:
             self._c.metrics.observe("mooncake_handoff_seconds", (time.monotonic_ns() - transfer.started_ns) / 1e9)
         else:
             logger.warning("transfer %s %s: %s; %d blocks not filled", transfer.transfer_id, result,
                            transfer.reason or result, len(bad_blocks))
-        self._c.report(transfer.request_id, bad_blocks)
+        self._c.report(Received(request_id=transfer.request_id, bad_blocks=bad_blocks, note=transfer.note,
+                                reason="" if is_filled else transfer.reason or result))
 
     def _keep_time(self, now_ns: int) -> None:
         lease_ns = int(self._c.lease_s * 1e9)

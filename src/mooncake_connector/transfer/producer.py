@@ -22,12 +22,13 @@ import zmq
 from mooncake_connector.kv.fingerprint import Fingerprint, describe
 from mooncake_connector.kv.layout import KVLayout
 from mooncake_connector.transfer.epochs import Epochs
-from mooncake_connector.transfer.held import HeldTransfers, Instruction, Publish, Report, Revoke, TellAbort
+from mooncake_connector.transfer.held import HeldTransfers, Instruction, Lose, Publish, Report, Revoke, TellAbort
 from mooncake_connector.transfer.holds import Holds, Why
 from mooncake_connector.transfer.memory import PageReader
 from mooncake_connector.transfer.messages import (
     Abort,
     Alive,
+    CachePart,
     Done,
     Heartbeat,
     Hello,
@@ -44,7 +45,6 @@ from mooncake_connector.transfer.steps import StepPlan
 from mooncake_connector.transfer.watch import Watch
 from mooncake_store.errors import RemoteProtocolError
 from mooncake_store.metrics import Metrics
-from mooncake_store.transport.base import RegionDescriptor
 from mooncake_store.types import HostIdentity
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Producer:
     """The prefill side of one worker.
 
     Args:
-        cache: descriptor of the region that holds the KV cache.
+        cache: the regions that hold the KV cache.
         pages: reads our own pages, for checksums.
         holds: shared with the saver; guarded by ``lock``.
         lock: guards ``holds`` and our book.
@@ -71,7 +71,7 @@ class Producer:
         pid: int,
         fingerprint: Fingerprint,
         layout: KVLayout,
-        cache: RegionDescriptor,
+        cache: tuple[CachePart, ...],
         pages: PageReader,
         epochs: Epochs,
         holds: Holds,
@@ -90,6 +90,7 @@ class Producer:
         self._peers: dict[bytes, Hello] = {}
         self._dirty: set[str] = set()
         self._outbox: list[TellAbort] = []
+        self._lost: dict[str, str] = {}
         self._running: list[str] = []
         self._idle_since_ns: int | None = time.monotonic_ns()
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
@@ -158,6 +159,12 @@ class Producer:
         with self._lock:
             return self._holds.take_ready()
 
+    def take_lost(self) -> dict[str, str]:
+        """Return requests that nobody will fetch any more, and why. Call it after ``take_sent``."""
+        with self._lock:
+            lost, self._lost = self._lost, {}
+        return lost
+
     def close(self) -> None:
         """Stop answering. Idempotent, bounded."""
         self._stopping = True
@@ -172,6 +179,8 @@ class Producer:
                 self._epochs.bump(item.slot)
             elif isinstance(item, Report):
                 self._holds.drop(item.request_id, Why.HANDOFF)
+            elif isinstance(item, Lose):
+                self._lost[item.request_id] = item.reason
             elif isinstance(item, Publish):
                 self._dirty.add(item.transfer_id)
             else:

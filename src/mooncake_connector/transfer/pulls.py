@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import numpy as np
 
 from mooncake_connector.kv.layout import U64, KVLayout
@@ -51,7 +52,7 @@ class PullTransfer:
         block_ids = message.block_ids
         if block_ids is None:
             block_ids = self.ready.block_ids if self.ready and self.ready.block_ids else []
-        self.ready = Ready(message.transfer_id, message.epoch_slot, message.epoch, message.progress, block_ids)
+        self.ready = msgspec.structs.replace(message, block_ids=block_ids)
 
     def plan(self, source: KVLayout, target: KVLayout) -> tuple[PagePlan, U64] | None:
         """Return what can be copied now and how far it brings us; None when there is nothing new."""
@@ -71,8 +72,15 @@ class PullTransfer:
 
     @property
     def is_complete(self) -> bool:
-        """Return whether every needed block is here in every layer."""
-        return self.pulled is not None and int(self.pulled.min()) >= self.num_blocks
+        """Return whether every needed block is here in every layer, and the note where one is needed."""
+        if self.load is None or self.pulled is None or (self.load.wants_note and self.note is None):
+            return False
+        return int(self.pulled.min()) >= self.num_blocks
+
+    @property
+    def note(self) -> bytes | None:
+        """Return what the prefill engine said along with its last block."""
+        return self.ready.note if self.ready else None
 
     @property
     def num_blocks(self) -> int:

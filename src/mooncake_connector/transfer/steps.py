@@ -20,6 +20,7 @@ class PrefillStep(msgspec.Struct, array_like=True):
         tokens_after: the same after it.
         tokens_needed: prompt tokens but the last: the decode engine computes that one itself.
         per_layer: publish after each layer, not only after the step.
+        note: what the decode engine is told along with the step's last block; None when it is told nothing.
     """
 
     request_id: str
@@ -29,6 +30,7 @@ class PrefillStep(msgspec.Struct, array_like=True):
     tokens_after: int
     tokens_needed: int
     per_layer: bool
+    note: bytes | None = None
 
 
 class Expected(msgspec.Struct, array_like=True):
@@ -63,6 +65,7 @@ class HandoffLoad(msgspec.Struct, array_like=True):
         block_ids: our block table, from the prompt's first block.
         first_block: blocks before it are already here.
         tokens_needed: prompt tokens but the last.
+        wants_note: the prefill engine's note is needed too.
     """
 
     request_id: str
@@ -71,6 +74,7 @@ class HandoffLoad(msgspec.Struct, array_like=True):
     block_ids: list[int]
     first_block: int
     tokens_needed: int
+    wants_note: bool = False
 
 
 class Announced(msgspec.Struct, array_like=True):
@@ -120,8 +124,21 @@ class StepResults(msgspec.Struct, kw_only=True):
         sent: requests whose held blocks may be freed.
         received: parked requests whose wait is over, good or bad.
         bad_blocks: blocks of ``received`` requests that were not filled.
+        notes: what the prefill engine had to say, by ``received`` request.
+        lost: why, by request: a ``received`` one that was not filled, or one of ours that nobody will fetch any more.
     """
 
     sent: set[str] = msgspec.field(default_factory=set)
     received: set[str] = msgspec.field(default_factory=set)
     bad_blocks: set[int] = msgspec.field(default_factory=set)
+    notes: dict[str, bytes] = msgspec.field(default_factory=dict)
+    lost: dict[str, str] = msgspec.field(default_factory=dict)
+
+
+class Received(msgspec.Struct, frozen=True, kw_only=True):
+    """How the wait of one parked request ended. ``reason``: why it was not filled, empty when it was."""
+
+    request_id: str
+    bad_blocks: list[int] = []
+    note: bytes | None = None
+    reason: str = ""

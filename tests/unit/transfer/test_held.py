@@ -5,7 +5,7 @@ import pytest
 
 from mooncake_connector.kv.plan import Progress
 from mooncake_connector.transfer import held
-from mooncake_connector.transfer.held import HeldTransfers, Publish, Report, Revoke, TellAbort
+from mooncake_connector.transfer.held import HeldTransfers, Lose, Publish, Report, Revoke, TellAbort
 from mooncake_connector.transfer.steps import Expected, Finished, PrefillStep
 
 LEASE_NS = 1000
@@ -137,3 +137,47 @@ def test_a_heartbeat_repeats_what_may_have_been_lost(book, epochs):
     assert book.ready("t", epochs) is None
     assert book.heartbeat(["t"], PEER, 2) == [Publish("t")]
     assert book.ready("t", epochs)[1].block_ids == [4, 5]
+
+
+def noted(before=0, after=150):
+    return PrefillStep("r", "t", [4, 5], before, after, 150, False, b"row")
+
+
+def test_the_note_goes_out_with_the_last_block_and_again_when_asked(book, epochs):
+    book.subscribe("t", PEER, 0)
+    book.schedule(noted(), 1)
+    assert book.ready("t", epochs)[1].note is None, "the step has not run"
+    book.complete_step("t")
+    assert book.ready("t", epochs)[1].note == b"row"
+    book.heartbeat(["t"], PEER, 2)
+    assert book.ready("t", epochs)[1].note == b"row"
+    book.preempt("r", 3)
+    assert book.ready("t", epochs)[1].note is None, "it is computed again"
+
+
+def test_a_peer_that_leaves_before_the_end_loses_the_request(book):
+    book.subscribe("t", PEER, 0)
+    book.schedule(step(), 1)
+    book.complete_step("t")
+    assert book.done("t", 2) == [Lose("r", "the decode side is through")]
+
+
+def test_a_peer_that_has_everything_before_the_engine_finishes_loses_nothing(book):
+    book.subscribe("t", PEER, 0)
+    book.schedule(noted(), 1)
+    book.complete_step("t")
+    assert book.done("t", 2) == []
+    assert Report("r") in book.finish(finished(), 3)
+
+
+def test_a_peer_that_left_before_the_request_came_loses_it_at_once(book):
+    book.done("t", 0)
+    assert book.expect(Expected("r", "t"), 1) == [Lose("r", "the decode side is through")]
+
+
+def test_blocks_that_nobody_fetched_are_freed_and_the_request_is_lost(book):
+    book.schedule(noted(), 0)
+    book.complete_step("t")
+    book.finish(finished(), 1)
+    ended = book.expire(2 + LEASE_NS, idle_since_ns=0)
+    assert Report("r") in ended and Lose("r", "the lease ended") in ended

@@ -6,15 +6,13 @@ Ref: vllm v1/kv_cache_interface.py KVCacheTensor: page of layer l, block b start
 
 from __future__ import annotations
 
-import hashlib
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mooncake_connector.engines.vllm import compat
 from mooncake_connector.kv.fingerprint import Fingerprint
 from mooncake_connector.kv.layout import KVLayout
 from mooncake_connector.transfer.endpoint import CacheMemory
+from mooncake_connector.transfer.model import config_digest, weights_digest
 from mooncake_store.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,8 +22,6 @@ if TYPE_CHECKING:
 
 COMPACT_LAYOUTS = ("LBHNC", "LBNHC", "BLHNC", "BLNHC")
 """Layouts in which a (layer, block) page is one run of bytes; see vllm v1/kv_cache_layout.py."""
-
-WEIGHT_SAMPLE_BYTES = 4096
 
 
 def require_one_group(kv_cache_config: KVCacheConfig) -> Any:
@@ -75,26 +71,6 @@ def fingerprint(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Fing
     )
 
 
-def weights_digest(model: str, revision: str) -> str:
-    """Name the weights: by names, sizes, heads and tails of the files where they are local, else by name and revision.
-
-    Two folders with the same base name hold different weights often enough (fine-tunes); the path itself may differ
-    between machines that hold the same weights.
-    """
-    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-    if not files:
-        return f"{model}@{revision}"
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        size_bytes = path.stat().st_size
-        digest.update(f"{path.name}:{size_bytes}:".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(WEIGHT_SAMPLE_BYTES))
-            file.seek(max(0, size_bytes - WEIGHT_SAMPLE_BYTES))
-            digest.update(file.read(WEIGHT_SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 def cache_memory(kv_caches: dict[str, torch.Tensor], kv_cache_config: KVCacheConfig, marks: Fingerprint) -> CacheMemory:
     """Describe the registered caches as one region of pages.
 
@@ -132,10 +108,3 @@ def layer_order(kv_cache_config: KVCacheConfig) -> dict[str, int]:
     """Return each layer's index in the layout."""
     names = [name for tensor in kv_cache_config.kv_cache_tensors for name in tensor.layers]
     return {name: index for index, name in enumerate(names)}
-
-
-def config_digest(config: dict[str, Any]) -> str:
-    """Name a model configuration by what it says, not by where it was read or by what wrote it."""
-    kept = {str(key): value for key, value in config.items() if key not in ("_name_or_path", "transformers_version")}
-    text = json.dumps(kept, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
