@@ -18,13 +18,12 @@ import time
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from mooncake_store.errors import MooncakeError, TransferFailed
 from mooncake_store.transport import libc
 from mooncake_store.transport.base import CmaOffer, LocalMemory, ReadBatch, ReadResult, RegionDescriptor, RegionGone
-from mooncake_store.transport.coalesce import Pieces, coalesce, groups
-from mooncake_store.transport.copying import CALL_MAX_BYTES, past_deadline, range_pair, read_group, single_range
+from mooncake_store.transport.coalesce import coalesce
+from mooncake_store.transport.copying import copy_from_process, past_deadline, single_range
 from mooncake_store.transport.guard import GuardPage
 from mooncake_store.transport.memory import process_start_ticks
 
@@ -147,7 +146,10 @@ class CmaAttachment:
             return ReadResult(np.ones(1, np.bool_), int(batch.lengths[0])) if error is None else (
                 ReadResult.failed(batch, error))
         pieces = coalesce(batch)
-        done, error = self._read_pieces(pieces, deadline_ns)
+        done = np.zeros(len(pieces.lengths), np.bool_)
+        failure = copy_from_process(self._offer.pid, pieces, self._offer.address, done, medium="cma",
+                                    deadline_ns=deadline_ns)
+        error = explain(failure, self._offer.pid) if isinstance(failure, OSError) else failure
         # last, so that everything before it was read while the region was served
         refused = self.check_guard()
         if refused is not None:
@@ -185,22 +187,6 @@ class CmaAttachment:
         if copied == length + GUARD_BYTES and int(self._guard[0]) == self._region.region_id:
             return None
         return self.check_guard() or explain(OSError(errno.EFAULT, os.strerror(errno.EFAULT)), self._offer.pid)
-
-    def _read_pieces(self, pieces: Pieces, deadline_ns: int) -> tuple[npt.NDArray[np.bool_], MooncakeError | None]:
-        total = len(pieces.lengths)
-        local, remote = range_pair(pieces, self._offer.address)
-        done = np.zeros(total, np.bool_)
-        error: MooncakeError | None = None
-        for group in groups(pieces.lengths, count_max=libc.IOV_MAX, bytes_max=CALL_MAX_BYTES):
-            if group.start and time.monotonic_ns() >= deadline_ns:
-                return done, error or past_deadline("cma", group.start, total)
-            try:
-                faulted = read_group(self._offer.pid, group, local, remote, done)
-            except OSError as failure:
-                return done, error or explain(failure, self._offer.pid)
-            if faulted and error is None:
-                error = explain(OSError(errno.EFAULT, os.strerror(errno.EFAULT)), self._offer.pid)
-        return done, error
 
 
 def _ptrace_scope() -> str:
