@@ -141,7 +141,7 @@ def unpack_body(data: bytes) -> Message:
     """
     try:
         message: Message = _decoder.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RemoteProtocolError(f"malformed rdma message: {error}") from error
     if isinstance(message, Opened):
         positions = [rail.position for rail in message.rails]
