@@ -10,6 +10,11 @@ import pytest
 from mooncake_store.log import PACKAGES
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let the fault tests run for longer than a change can wait."""
+    parser.addoption("--pulls", type=int, default=2_500, help="pulls of the store that a fault test makes per medium")
+
+
 @pytest.fixture(autouse=True)
 def loggers_as_they_were() -> Iterator[None]:
     """Undo what a command run inside a test does to the packages' loggers: the next test may look at log lines."""

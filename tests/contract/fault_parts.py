@@ -78,10 +78,12 @@ class Pulls:
         self.wrong: list[int] = []
         self.errors: list[BaseException] = []
         self.num_pulls = 0
+        self._lock = threading.Lock()
 
     def run(self, num_pulls: int, *, deadline_s: float = 0.5) -> Pulls:
-        threads = [threading.Thread(target=self._work, args=(index, num_pulls // NUM_THREADS, deadline_s))
-                   for index in range(NUM_THREADS)]
+        shares = [num_pulls // NUM_THREADS + (index < num_pulls % NUM_THREADS) for index in range(NUM_THREADS)]
+        threads = [threading.Thread(target=self._work, args=(index, share, deadline_s))
+                   for index, share in enumerate(shares)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -120,7 +122,8 @@ class Pulls:
             image = np.concatenate((memory[start:start + half], memory[start + SLOT_BYTES:start + SLOT_BYTES + half]))
             if not np.array_equal(image, content_of(number)):
                 self.wrong.append(number)
-        self.num_pulls += 1
+        with self._lock:
+            self.num_pulls += 1
 
 
 class Holdings:
