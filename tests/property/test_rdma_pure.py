@@ -157,7 +157,8 @@ def test_every_piece_is_read_once_within_the_bounds_and_failures_name_what_is_do
         assert len(chain.pieces) <= CHAIN_READS_MAX and chain.num_bytes == int(lengths[chain.pieces].sum())
         assert (positions[chain.pieces] == chain.range_position).all()
         assert chain.range_position != BOUNCED or chain.num_bytes < 2 << 20
-    ledger = Ledger(chains, num_queues=num_queues, num_slots=num_slots)
+    first = rng.randrange(1 << 40)
+    ledger = Ledger(chains, num_queues=num_queues, num_slots=num_slots, first_number=first)
     queues = [[] for _ in range(num_queues)]
     num_done = {}
     while not ledger.is_finished:
@@ -178,6 +179,7 @@ def test_every_piece_is_read_once_within_the_bounds_and_failures_name_what_is_do
             ends = [ledger.settle(item.first_wr_id + size - 1, is_ok=True)]
         assert ends[-1].chain is item.chain and ends[-1].num_done == failed and ends[-1].slot == item.slot
         assert not any(ends[:-1])
+        assert not ledger.is_active(item.first_wr_id) and item.first_wr_id >= first * CHAIN_READS_MAX
         num_done[id(item.chain)] = failed
     assert len(num_done) == len(chains) and ledger.num_active == 0
 

@@ -113,10 +113,13 @@ class Ledger:
         chains: in the order to post them.
         num_queues: queue pairs.
         num_slots: slots of the bounce buffer.
+        first_number: the first chain's; ids must not come again on the same queue pairs, so that a completion that a
+            device reports twice cannot be taken for another's.
     """
 
-    def __init__(self, chains: Sequence[Chain], *, num_queues: int, num_slots: int) -> None:
+    def __init__(self, chains: Sequence[Chain], *, num_queues: int, num_slots: int, first_number: int = 0) -> None:
         self._chains = chains
+        self._first_number = first_number
         self._next = 0
         self._load_bytes = [0] * num_queues
         self._given_bytes = [0] * num_queues
@@ -153,7 +156,11 @@ class Ledger:
         self._load_bytes[queue] += chain.num_bytes
         self._given_bytes[queue] += chain.num_bytes
         self._next += 1
-        return Start(chain, (self._next - 1) * CHAIN_READS_MAX, queue, slot)
+        return Start(chain, (self._first_number + self._next - 1) * CHAIN_READS_MAX, queue, slot)
+
+    def is_active(self, wr_id: int) -> bool:
+        """Tell whether this is a work request of a chain under way."""
+        return wr_id // CHAIN_READS_MAX - self._first_number in self._active
 
     def settle(self, wr_id: int, *, is_ok: bool) -> End | None:
         """Take in one completion; return the chain that it ends, if it ends one.
@@ -162,6 +169,7 @@ class Ledger:
             KeyError: no chain under way has this id.
         """
         number, place = divmod(wr_id, CHAIN_READS_MAX)
+        number -= self._first_number
         active, chain = self._active[number], self._chains[number]
         if not is_ok:
             active.first_failed = min(active.first_failed, place)

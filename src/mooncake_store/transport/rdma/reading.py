@@ -92,6 +92,7 @@ class Connection:
         self.queues = [(lane, i) for i in range(max(len(lane.queue_set.queues) for lane in lanes)) for lane in lanes
                        if i < len(lane.queue_set.queues)]
         self.read_bytes = [0] * len(lanes)
+        self.num_chains = 0
         self._by_fd = {lane.queue_set.fd: lane for lane in lanes}
         self._poller = select.poll()
         for fd in (link.fileno(), *self._by_fd):
@@ -143,7 +144,9 @@ class Reading:
         bounced_max_bytes = bounce.slot_bytes // 2 if bounce is not None else 0
         chains = divide(pieces.lengths, positions, num_queues=len(connection.queues),
                         bounced_max_bytes=bounced_max_bytes)
-        self._ledger = Ledger(chains, num_queues=len(connection.queues), num_slots=NUM_SLOTS)
+        self._ledger = Ledger(chains, num_queues=len(connection.queues), num_slots=NUM_SLOTS,
+                              first_number=connection.num_chains)
+        connection.num_chains += len(chains)
 
     def run(self) -> None:
         """Read everything, or stop at the first failure or the deadline with nothing under way any more."""
@@ -190,6 +193,9 @@ class Reading:
         return is_any
 
     def _settle(self, completion: Completion) -> None:
+        if not self._ledger.is_active(completion.wr_id):
+            logger.debug("passing over a completion of nothing under way: %s", completion)
+            return
         is_ok = completion.status is Status.OK
         if not is_ok:
             self._fail(self._explain(completion))
