@@ -11,6 +11,7 @@ from mooncake_store.transport.rdma.gids import Gid, GidKind, LinkLayer, family, 
 from mooncake_store.transport.rdma.rails import NUMA_UNKNOWN, Place, Rail
 
 SYS = Path("/sys")
+NO_DEVICE = "this machine has no RDMA device"
 GIDS_MAX = 256
 """Entries of a port's table that are looked at."""
 
@@ -29,7 +30,7 @@ def explain_absence(sys: Path = SYS) -> str:
     """Return why ``find_rails`` found nothing."""
     devices = _names(sys / "class/infiniband")
     if not devices:
-        return "this machine has no RDMA device"
+        return NO_DEVICE
     return f"no port is active on {', '.join(sorted(device.name for device in devices))}"
 
 
