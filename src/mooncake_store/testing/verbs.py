@@ -72,13 +72,16 @@ class FakeVerbs:
         num_rails: ports.
         hang_after: this many reads are answered, later ones never; -1 = all are.
         memlock_bytes: more cannot be registered in all.
+        repeats: report completions a second time at the next post, as a device may after a retry.
     """
 
-    def __init__(self, *, num_rails: int = 2, hang_after: int = -1, memlock_bytes: int = 1 << 40) -> None:
+    def __init__(self, *, num_rails: int = 2, hang_after: int = -1, memlock_bytes: int = 1 << 40,
+                 repeats: bool = False) -> None:
         libc.allow_any_tracer()
         self.page = _Page()
         self.hang_after = hang_after
         self.memlock_bytes = memlock_bytes
+        self.repeats = repeats
         self.pinned_bytes = 0
         self.num_reads = 0
         self.num_open_queue_sets = 0
@@ -159,6 +162,7 @@ class FakeQueues:
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)
         self._backend = backend
         self._completed: deque[Completion] = deque()
+        self._reported: list[Completion] = []
         self._unanswered: deque[int] = deque()
         self._broken: set[int] = set()
         self._is_armed = False
@@ -179,6 +183,8 @@ class FakeQueues:
     def post(self, index: int, first_wr_id: int, reads: Reads) -> None:
         """Do the reads, in order, until one fails."""
         backend = self._backend
+        if backend.repeats:
+            self._completed.extend(self._reported)
         last = len(reads.lengths) - 1
         for i in range(len(reads.lengths)):
             if index in self._broken:
@@ -198,6 +204,7 @@ class FakeQueues:
         """Return what completed."""
         completed = list(self._completed)
         self._completed.clear()
+        self._reported = completed or self._reported
         return completed
 
     def arm(self) -> None:

@@ -75,6 +75,16 @@ def test_a_read_that_hangs_is_flushed_at_its_deadline_and_the_next_connects_anew
     pair.close()
 
 
+def test_a_completion_that_comes_twice_is_not_taken_for_the_next_reads():
+    backend = FakeVerbs(repeats=True)
+    pair = Pair(make(), RdmaTransport(backend=backend), "private")
+    attachment = pair.attach()
+    assert read(attachment, pair.bytes).ok.all() and read(attachment, pair.bytes).ok.all()
+    backend.hang_after = backend.num_reads
+    assert not read(attachment, pair.bytes, deadline_s=0.2).ok.any()
+    pair.close()
+
+
 def test_a_read_is_refused_by_the_device_once_the_region_is_deregistered(pair):
     attachment = pair.attach()
     pair.owner._server._regions[pair.descriptor.region_id].close()
