@@ -48,6 +48,7 @@ from mooncake_store.pull.wire import TEXT_MAX_CHARS, Hello, Offer, Welcome
 from mooncake_store.transport.base import RegionDescriptor
 from mooncake_store.transport.media import Media
 from mooncake_store.transport.memory import map_memfd
+from mooncake_store.transport.tls import TlsFiles
 from mooncake_store.types import BlockKey, Member, NodeId
 
 __all__ = ["GetOutcome", "Scatter", "StoreClient"]
@@ -260,7 +261,8 @@ class StoreClient:
 
     def _open_media(self) -> Media:
         media = Media(allowed=self.config.media, host=self.config.host, metrics=self.metrics,
-                      rdma_devices=self.config.rdma_devices, rdma_gid_index=self.config.rdma_gid_index)
+                      rdma_devices=self.config.rdma_devices, rdma_gid_index=self.config.rdma_gid_index,
+                      tls=TlsFiles(self.config.tls_cert, self.config.tls_key, self.config.tls_ca))
         self._closers.append(media.close)
         return media
 

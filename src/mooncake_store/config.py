@@ -43,6 +43,10 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
         media: media we may use, in order of preference; the medium is chosen per peer. Also as text: ``shm,tcp``.
         rdma_devices: RDMA devices that `rdma` may use, such as ``mlx5_0,mlx5_1``; empty = those near this process.
         rdma_gid_index: entry of the devices' address tables that `rdma` uses; -1 = the one that reaches the peer.
+        tls_cert: PEM file with this member's certificate; set with `tls_key` and `tls_ca`, `tcp` is encrypted and lets
+            in only holders of a certificate. Every member of the cell needs it, or none.
+        tls_key: PEM file with the private key of `tls_cert`.
+        tls_ca: PEM file with the authority that signs the certificates of the cell's members.
         membership_ttl_s: a silent member's entries vanish after this.
         lease_s: longest time a reader may hold blocks without renewing.
         pull_timeout_s: deadline of one pull.
@@ -59,6 +63,9 @@ class StoreConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     media: Annotated[tuple[Medium, ...], msgspec.Meta(min_length=1)] = ("shm", "cma", "rdma", "tcp")
     rdma_devices: tuple[Name, ...] = ()
     rdma_gid_index: Annotated[int, msgspec.Meta(ge=-1, le=65_535)] = -1
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_ca: str = ""
     membership_ttl_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)] = 10
     lease_s: Seconds = 5.0
     pull_timeout_s: Seconds = 10.0

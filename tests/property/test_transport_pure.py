@@ -126,7 +126,7 @@ def test_the_owner_serves_only_reads_inside_the_region(reads, size):
 
 
 def test_wire_bytes_do_not_change():
-    request = tcp_wire.pack_request(tcp_wire.Request(tcp_wire.WANT_CRC, 7, 1, 0x0102030405060708),
+    request = tcp_wire.pack_request(tcp_wire.Request(tcp_wire.WANT_CHECKSUM, 7, 1, 0x0102030405060708),
                                     np.array([[16, 32]], np.uint64))
     assert request.hex() == ("4d5443500200010007000000010000000807060504030201" "1000000000000000" "2000000000000000")
     response = tcp_wire.pack_response(tcp_wire.Response(tcp_wire.UNKNOWN_REGION, 7, 1, 0))

@@ -37,6 +37,7 @@ from mooncake_store.transport.base import ReadBatch, RegionDescriptor
 from mooncake_store.transport.media import TRANSPORTS, TransportSettings
 from mooncake_store.transport.memory import host_identity, map_memfd
 from mooncake_store.transport.rdma.devices import NO_DEVICE
+from mooncake_store.transport.tls import TlsFiles
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -152,7 +153,8 @@ def check_directory(config: ConnectorConfig) -> Iterator[Finding]:
 def check_media(config: ConnectorConfig) -> Iterator[Finding]:
     """Pull 1 MiB from ourselves over every allowed medium."""
     verdicts = []
-    settings = TransportSettings(config.host, config.rdma_devices, config.rdma_gid_index)
+    settings = TransportSettings(config.host, config.rdma_devices, config.rdma_gid_index,
+                                 TlsFiles(config.tls_cert, config.tls_key, config.tls_ca))
     for medium in config.media:
         finding = _self_pull(medium, settings)
         verdicts.append(finding.verdict)

@@ -69,10 +69,11 @@ class CmaOffer(msgspec.Struct, frozen=True, array_like=True, tag="cma"):
 
 
 class TcpOffer(msgspec.Struct, frozen=True, array_like=True, tag="tcp"):
-    """Memory served by a read server."""
+    """Memory served by a read server; ``is_tls`` tells whether it expects TLS."""
 
     host: Host
     port: Port
+    is_tls: bool = False
 
 
 class RdmaOffer(msgspec.Struct, frozen=True, array_like=True, tag="rdma"):

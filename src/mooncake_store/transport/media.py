@@ -38,6 +38,7 @@ from mooncake_store.transport.rdma.verbs import VerbsBackend
 from mooncake_store.transport.select import Choice, NoMedium, choose
 from mooncake_store.transport.shm import ShmTransport
 from mooncake_store.transport.tcp import TcpTransport
+from mooncake_store.transport.tls import NO_TLS, TlsFiles, load_contexts
 from mooncake_store.types import HostIdentity
 
 logger = logging.getLogger(__name__)
@@ -57,11 +58,12 @@ class ProbedTransport(Transport, Protocol):
 
 
 class TransportSettings(msgspec.Struct, frozen=True):
-    """What the user may set about media: the address to bind, and for rdma the devices and the GID index to use."""
+    """What the user may set about media: the address to bind; devices and GID index of rdma; certificates of tcp."""
 
     host: str = "127.0.0.1"
     rdma_devices: tuple[str, ...] = ()
     rdma_gid_index: int = ANY_INDEX
+    tls: TlsFiles = NO_TLS
 
 
 def _make_rdma(settings: TransportSettings) -> RdmaTransport:
@@ -73,7 +75,7 @@ TRANSPORTS: dict[str, Callable[[TransportSettings], ProbedTransport]] = {
     "shm": lambda settings: ShmTransport(),
     "cma": lambda settings: CmaTransport(),
     "rdma": _make_rdma,
-    "tcp": lambda settings: TcpTransport(settings.host),
+    "tcp": lambda settings: TcpTransport(settings.host, tls=load_contexts(settings.tls)),
 }
 """How to make each medium."""
 
@@ -87,20 +89,22 @@ class Media:
         metrics: gets bytes per medium and fallbacks.
         rdma_devices: RDMA devices to use; empty = those near this process.
         rdma_gid_index: entry of their address tables; -1 = chosen per peer.
+        tls: certificates that tcp uses; empty = plain tcp.
 
     Threads: every method may be called from any thread.
 
     Raises:
-        ConfigError: an unknown medium, or none of them works on this machine.
+        ConfigError: an unknown medium, none of them works on this machine, or a certificate cannot be used.
     """
 
     def __init__(self, *, allowed: Sequence[str], host: str = "127.0.0.1", metrics: Metrics,
-                 rdma_devices: tuple[str, ...] = (), rdma_gid_index: int = ANY_INDEX) -> None:
+                 rdma_devices: tuple[str, ...] = (), rdma_gid_index: int = ANY_INDEX,
+                 tls: TlsFiles = NO_TLS) -> None:
         unknown = [medium for medium in allowed if medium not in TRANSPORTS]
         if unknown:
             raise ConfigError(f"unknown medium {', '.join(unknown)}", where="$.media",
                               hint=f"choose from {', '.join(TRANSPORTS)}")
-        settings = TransportSettings(host, rdma_devices, rdma_gid_index)
+        settings = TransportSettings(host, rdma_devices, rdma_gid_index, tls)
         made = {medium: TRANSPORTS[medium](settings) for medium in dict.fromkeys(allowed)}
         self._start(made, metrics, COOL_DOWN_S)
 

@@ -1,16 +1,18 @@
 """Answer read requests over tcp, for all regions of the process, on one thread.
 
 The thread does little Python per megabyte: a request frame of up to 1,024 reads is checked with numpy and sent with
-``sendmsg`` straight from the region, without the GIL.
+``sendmsg`` straight from the region, without the GIL. A lone small read is answered without numpy.
 
-Whoever can connect and knows a region's id (random, 63 bits) can read the region: bind a private network.
+Readers are trusted to have been told the region's id (random, 63 bits), and with TLS to belong to the cell; not to be
+well behaved: connections and bytes kept per connection are bounded, and whatever a reader begins must end in time.
 """
 
 from __future__ import annotations
 
 import logging
-import selectors
+import select
 import socket
+import ssl
 import threading
 import time
 
@@ -18,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_store.errors import RemoteProtocolError
-from mooncake_store.transport import libc, tcp_wire
+from mooncake_store.transport import tcp_wire
 from mooncake_store.transport.base import LocalMemory
-from mooncake_store.transport.checksum import checksum_of
+from mooncake_store.transport.checksum import CHECKSUM_BYTES, checksum_of
 from mooncake_store.transport.copying import single_range
 from mooncake_store.transport.cursor import RangeCursor
+from mooncake_store.transport.tcp_stream import SPACE, WOULD_BLOCK, has_pending, send_ranges, tune
 from mooncake_store.transport.tcp_wire import (
     HEADER_BYTES,
     READ_BYTES,
@@ -39,71 +42,92 @@ CONNECTIONS_MAX = 512
 INBOX_BYTES = 2 * REQUEST_MAX_BYTES
 STAGED_MAX_BYTES = 64 << 10
 """A smaller response is copied first: its checksum then fits its bytes even while the owner writes."""
-STALL_MAX_S = 60.0
-"""A reader that takes nothing for this long is dropped."""
-TURN_S = 5.0
-
-
-def tune(connection: socket.socket) -> None:
-    """Set what both ends want: no delay, and a dead peer noticed within half a minute."""
-    connection.setblocking(False)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+STEP_MAX_S = 30.0
+"""A TLS greeting, a request that has begun and an answer (at most 8 MiB) must each be through after this."""
+IDLE_MAX_S = 600.0
+"""A connection nobody used for this long is closed; its reader opens another when it needs one."""
+TURN_S = 1.0
+"""How often lateness is looked for."""
 
 
 class _Answer:
-    """One response on its way out. Keeps its header, checksum and staged bytes alive while they are sent."""
+    """One response on its way out. Keeps its header, checksum and staged bytes alive while they are sent.
 
-    def __init__(self, region_id: int, parts: list[npt.NDArray[np.uint8]],
-                 middle: npt.NDArray[np.uint64] | None) -> None:
+    ``region_id``: whose memory it is sent from; 0 when it is all staged.
+    """
+
+    def __init__(self, region_id: int, parts: list[bytes], middle: npt.NDArray[np.uint64] | None = None) -> None:
         self.region_id = region_id
-        self._parts = parts
-        rows = [np.array([[part.ctypes.data, part.nbytes]], np.uint64) for part in parts if part.nbytes]
+        self._parts = [np.frombuffer(part, np.uint8) for part in parts if part]
+        rows = [single_range(part.ctypes.data, part.nbytes) for part in self._parts]
         if middle is not None:
             rows.insert(1, middle)
         self.cursor = RangeCursor(np.concatenate(rows))
 
 
 class _Connection:
-    """State of one reader: bytes of requests not yet looked at, and the answer being sent."""
+    """State of one reader: bytes of requests not yet looked at, and the answer being sent.
+
+    ``due_s`` is when what the reader is doing must be over.
+    """
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
+        self.fd = sock.fileno()
         self.inbox = bytearray(INBOX_BYTES)
         self.filled = 0
         self.answer: _Answer | None = None
+        self.is_greeting = isinstance(sock, ssl.SSLSocket)
         self.is_refused = False
-        self.events = selectors.EVENT_READ
-        self.progress_s = time.monotonic()
+        self.events = select.EPOLLIN
+        self.due_s = time.monotonic() + STEP_MAX_S
 
-    def has_request(self) -> bool:
-        """Tell whether ``next_request`` would return one, or raise."""
-        if self.filled < HEADER_BYTES:
-            return False
-        try:
-            return self.filled >= HEADER_BYTES + READ_BYTES * unpack_request(bytes(self.inbox[:HEADER_BYTES])).num_reads
-        except RemoteProtocolError:
-            return True
+    def receive(self) -> None:
+        """Take in what the inbox has room for. Raises OSError."""
+        with memoryview(self.inbox) as view:
+            while self.filled < INBOX_BYTES:
+                try:
+                    count = self.socket.recv_into(view[self.filled:])
+                except WOULD_BLOCK:
+                    return
+                if count == 0:
+                    raise OSError("the reader hung up")
+                self.filled += count
+                if not has_pending(self.socket):
+                    return
 
-    def next_request(self) -> tuple[Request, npt.NDArray[np.uint64]] | None:
+    def next_request(self) -> tuple[Request, bytes] | None:
         """Take a complete request out of the inbox, None when there is none. Raises RemoteProtocolError."""
         if self.filled < HEADER_BYTES:
             return None
-        request = unpack_request(bytes(self.inbox[:HEADER_BYTES]))
+        request = unpack_request(self.inbox)
         size = HEADER_BYTES + request.num_reads * READ_BYTES
         if self.filled < size:
             return None
-        reads = np.frombuffer(bytes(self.inbox[HEADER_BYTES:size]), "<u8").astype(np.uint64).reshape(-1, 2)
-        self.inbox[:self.filled - size] = self.inbox[size:self.filled]
+        reads = bytes(self.inbox[HEADER_BYTES:size])
+        if self.filled > size:
+            self.inbox[:self.filled - size] = self.inbox[size:self.filled]
         self.filled -= size
         return request, reads
+
+    def has_more(self) -> bool:
+        """Tell whether there is work that no poll would report: a request in the inbox, or bytes already decrypted."""
+        if has_pending(self.socket):
+            return True
+        if self.filled < HEADER_BYTES:
+            return False
+        try:
+            return self.filled >= HEADER_BYTES + READ_BYTES * unpack_request(self.inbox).num_reads
+        except RemoteProtocolError:
+            return True  # the next step will say so
 
 
 class ReadServer:
     """Serves regions on ``host`` at a port of the system's choice.
+
+    Args:
+        host: address to bind.
+        tls: wraps every connection; None = plain.
 
     Threads: one, ``mooncake-tcp``. A withdrawal waits for the step that is touching the region (some ms at most).
 
@@ -111,19 +135,20 @@ class ReadServer:
         OSError: the address cannot be bound.
     """
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, tls: ssl.SSLContext | None = None) -> None:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        self._listener = socket.create_server(address[:2], family=family, backlog=128)
+        self._listener = socket.create_server(address, family=family, backlog=128)
         self._listener.setblocking(False)
         self.port: int = self._listener.getsockname()[1]
+        self._tls = tls
         self._lock = threading.Lock()
         self._regions: dict[int, LocalMemory] = {}
-        self._connections: set[_Connection] = set()
-        self._space = libc.address_space()
-        self._selector = selectors.DefaultSelector()
+        self._connections: dict[int, _Connection] = {}
+        self._epoll = select.epoll()
         self._wake_read, self._wake_write = socket.socketpair()
-        self._selector.register(self._wake_read, selectors.EVENT_READ)
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._epoll.register(self._wake_read, select.EPOLLIN)
+        self._epoll.register(self._listener, select.EPOLLIN)
+        self._sweep_s = 0.0
         self._thread = threading.Thread(target=self._run, name="mooncake-tcp", daemon=True)
         self._thread.start()
 
@@ -152,23 +177,26 @@ class ReadServer:
         except Exception:
             logger.exception("the tcp read server stopped")
         finally:
-            for connection in self._connections:
+            for connection in self._connections.values():
                 connection.socket.close()
             self._listener.close()
             self._wake_read.close()
-            self._selector.close()
+            self._epoll.close()
 
     def _turn(self) -> bool:
-        for key, _ in self._selector.select(timeout=TURN_S if self._connections else None):
-            if key.fileobj is self._wake_read:
-                return False
-            if key.fileobj is self._listener:
+        for fd, _ in self._epoll.poll(TURN_S if self._connections else -1):
+            connection = self._connections.get(fd)
+            if connection is not None:
+                self._step(connection)
+            elif fd == self._listener.fileno():
                 self._accept()
             else:
-                self._step(key.data)
-        oldest = time.monotonic() - STALL_MAX_S
-        for connection in [c for c in self._connections if c.answer is not None and c.progress_s < oldest]:
-            self._drop(connection, "took nothing for too long")
+                return False
+        now_s = time.monotonic()
+        if now_s >= self._sweep_s:
+            self._sweep_s = now_s + TURN_S
+            for connection in [late for late in self._connections.values() if late.due_s < now_s]:
+                self._drop(connection, "it took too long")
         return True
 
     def _accept(self) -> None:
@@ -181,89 +209,119 @@ class ReadServer:
             time.sleep(0.05)  # out of descriptors: the listener stays readable, so do not spin on it
             return
         if len(self._connections) >= CONNECTIONS_MAX:
+            logger.warning("turning a reader over tcp away: there are %d already", CONNECTIONS_MAX)
             sock.close()
             return
         tune(sock)
+        if self._tls is not None:
+            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
         connection = _Connection(sock)
-        self._connections.add(connection)
-        self._selector.register(sock, connection.events, connection)
+        self._connections[connection.fd] = connection
+        self._epoll.register(connection.fd, connection.events)
 
     def _drop(self, connection: _Connection, why: str) -> None:
         logger.debug("dropping a reader over tcp: %s", why)
-        self._connections.discard(connection)
-        self._selector.unregister(connection.socket)
+        del self._connections[connection.fd]
+        self._epoll.unregister(connection.fd)
         connection.socket.close()
 
     def _step(self, connection: _Connection) -> None:
-        """Do one thing for a connection: take bytes in, begin an answer, send some of it."""
+        """Do one thing for a connection: greet, or take bytes in, begin an answer and send some of it."""
         try:
-            if connection.answer is None and connection.filled < INBOX_BYTES:
-                self._receive(connection)
-            if connection.answer is None:
-                taken = connection.next_request()
-                if taken is not None:
-                    with self._lock:
-                        connection.answer = self._begin(connection, *taken)
-            if connection.answer is not None:
-                self._send(connection, connection.answer)
+            events = self._greet(connection) if connection.is_greeting else self._serve(connection)
         except (RemoteProtocolError, OSError) as error:
             self._drop(connection, str(error))
             return
-        # an unanswered request in the inbox waits for its turn as a writable socket: turns are shared fairly
-        busy = connection.answer is not None or connection.has_request()
-        events = selectors.EVENT_WRITE if busy else selectors.EVENT_READ
-        if connection in self._connections and events != connection.events:
+        if events != connection.events:
             connection.events = events
-            self._selector.modify(connection.socket, events, connection)
+            self._epoll.modify(connection.fd, events)
 
-    def _receive(self, connection: _Connection) -> None:
-        with memoryview(connection.inbox) as view:
-            try:
-                count = connection.socket.recv_into(view[connection.filled:])
-            except BlockingIOError:
-                return
-        if count == 0:
-            raise OSError("the reader hung up")
-        connection.filled += count
+    def _greet(self, connection: _Connection) -> int:
+        """Go on with the TLS handshake; return what to wait for. Raises OSError."""
+        assert isinstance(connection.socket, ssl.SSLSocket)
+        try:
+            connection.socket.do_handshake()
+        except ssl.SSLWantReadError:
+            return select.EPOLLIN
+        except ssl.SSLWantWriteError:
+            return select.EPOLLOUT
+        connection.is_greeting = False
+        return select.EPOLLOUT if has_pending(connection.socket) else select.EPOLLIN
 
-    def _begin(self, connection: _Connection, request: Request, reads: npt.NDArray[np.uint64]) -> _Answer:
+    def _serve(self, connection: _Connection) -> int:
+        """Take bytes in, begin an answer, send some of it; return what to wait for.
+
+        A request that is in the inbox already waits for its turn as a writable socket: turns are shared fairly.
+
+        Raises:
+            RemoteProtocolError, OSError: the connection is of no more use.
+        """
+        if connection.answer is None:
+            was_empty = connection.filled == 0
+            if connection.filled < INBOX_BYTES:
+                connection.receive()
+            taken = connection.next_request()
+            if taken is None:
+                if was_empty:
+                    connection.due_s = time.monotonic() + STEP_MAX_S
+                return select.EPOLLIN
+            connection.due_s = time.monotonic() + STEP_MAX_S
+            with self._lock:
+                connection.answer = self._begin(connection, *taken)
+        if connection.answer is not None:
+            self._send(connection, connection.answer)
+        if connection.answer is not None:
+            return select.EPOLLOUT
+        if connection.is_refused:
+            raise OSError("its request was refused")
+        connection.due_s = time.monotonic() + (STEP_MAX_S if connection.filled else IDLE_MAX_S)
+        return select.EPOLLOUT if connection.has_more() else select.EPOLLIN
+
+    def _begin(self, connection: _Connection, request: Request, packed: bytes) -> _Answer | None:
+        """Check a request and begin its answer; None when all of it has been sent at once. Raises OSError."""
         memory = self._regions.get(request.region_id)
-        if memory is None:
-            status = tcp_wire.UNKNOWN_REGION
-        else:
-            status = tcp_wire.check_reads(reads, memory.size_bytes)
+        if memory is not None and request.num_reads == 1:
+            offset, length = tcp_wire.unpack_read(packed)
+            if 0 < length <= min(STAGED_MAX_BYTES, memory.size_bytes) and offset <= memory.size_bytes - length:
+                start = memory.address + offset
+                return self._send_staged(connection, request, bytes(SPACE[start:start + length]))
+        reads = np.frombuffer(packed, "<u8").astype(np.uint64).reshape(-1, 2)
+        status = tcp_wire.UNKNOWN_REGION if memory is None else tcp_wire.check_reads(reads, memory.size_bytes)
         if memory is None or status != tcp_wire.OK or request.num_reads == 0:
             connection.is_refused = status != tcp_wire.OK
-            return _Answer(0, [_bytes(pack_response(Response(status, request.frame_id, request.num_reads, 0)))], None)
-        lengths = reads[:, 1]
-        ranges = reads.copy()
+            return _Answer(0, [pack_response(Response(status, request.frame_id, request.num_reads, 0))])
+        ranges = reads
         ranges[:, 0] += np.uint64(memory.address)
-        num_bytes = int(lengths.sum())
-        header = _bytes(pack_response(Response(status, request.frame_id, request.num_reads, num_bytes)))
+        num_bytes = int(ranges[:, 1].sum())
         if num_bytes <= STAGED_MAX_BYTES:
-            staged = _bytes(b"".join(self._space[start:start + size] for start, size in ranges.tolist()))
-            region_id, ranges = 0, single_range(staged.ctypes.data, num_bytes)
-        else:
-            region_id, staged = request.region_id, _bytes(b"")
-        crc = _bytes(b"")
-        if request.flags & tcp_wire.WANT_CRC:
-            crc = _bytes(checksum_of(ranges).to_bytes(tcp_wire.CRC_BYTES, "little"))
-        return _Answer(region_id, [header, staged, crc], None if region_id == 0 else ranges)
+            staged = b"".join(SPACE[start:start + length] for start, length in ranges.tolist())
+            return self._send_staged(connection, request, staged)
+        header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, num_bytes))
+        checksum = b""
+        if request.flags & tcp_wire.WANT_CHECKSUM:
+            checksum = checksum_of(ranges).to_bytes(CHECKSUM_BYTES, "little")
+        return _Answer(request.region_id, [header, checksum], ranges)
+
+    def _send_staged(self, connection: _Connection, request: Request, staged: bytes) -> _Answer | None:
+        header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, len(staged)))
+        checksum = b""
+        if request.flags & tcp_wire.WANT_CHECKSUM:
+            where = np.frombuffer(staged, np.uint8)
+            checksum = checksum_of(single_range(where.ctypes.data, len(staged))).to_bytes(CHECKSUM_BYTES, "little")
+        data = b"".join((header, staged, checksum))
+        try:
+            sent = connection.socket.send(data)
+        except WOULD_BLOCK:
+            sent = 0
+        return None if sent == len(data) else _Answer(0, [data[sent:]])
 
     def _send(self, connection: _Connection, answer: _Answer) -> None:
         with self._lock:
             if answer.region_id and answer.region_id not in self._regions:
                 raise OSError("its region was withdrawn")
             try:
-                answer.cursor.advance(libc.send_ranges(connection.socket.fileno(), answer.cursor.window()))
-            except BlockingIOError:
+                answer.cursor.advance(send_ranges(connection.socket, answer.cursor.window()))
+            except WOULD_BLOCK:
                 return
-        connection.progress_s = time.monotonic()
         if answer.cursor.is_done():
             connection.answer = None
-            if connection.is_refused:
-                self._drop(connection, "its request was refused")
-
-
-def _bytes(data: bytes) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(data, np.uint8)

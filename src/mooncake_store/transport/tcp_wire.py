@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mooncake_store.errors import RemoteProtocolError
-from mooncake_store.transport.checksum import CHECKSUM_BYTES
 
 MAGIC = b"MTCP"
 VERSION = 2
@@ -28,11 +27,12 @@ FRAME_MAX_BYTES = 8 << 20
 
 HEADER = struct.Struct("<4sHHIIQ")
 HEADER_BYTES = HEADER.size
-READ_BYTES = 16
-CRC_BYTES = CHECKSUM_BYTES
+_READ = struct.Struct("<QQ")
+READ_BYTES = _READ.size
+_SINGLE = struct.Struct(HEADER.format + "QQ")
 REQUEST_MAX_BYTES = HEADER_BYTES + READ_BYTES * FRAME_READS_MAX
 
-WANT_CRC = 1
+WANT_CHECKSUM = 1
 OK, UNKNOWN_REGION, OUT_OF_BOUNDS, BAD_REQUEST = range(4)
 STATUS_TEXT = {
     UNKNOWN_REGION: "the owner does not serve this region (any more)",
@@ -42,7 +42,7 @@ STATUS_TEXT = {
 
 
 class Request(NamedTuple):
-    """A request header. ``flags``: WANT_CRC or 0."""
+    """A request header. ``flags``: WANT_CHECKSUM or 0."""
 
     flags: int
     frame_id: int
@@ -65,18 +65,29 @@ def pack_request(request: Request, reads: npt.NDArray[np.uint64]) -> bytes:
     return header + reads.astype("<u8", copy=False).tobytes()
 
 
-def unpack_request(data: bytes) -> Request:
-    """Decode a request header.
+def unpack_request(data: bytes | bytearray) -> Request:
+    """Decode the request header that ``data`` begins with.
 
     Raises:
         RemoteProtocolError: not our protocol, another version, unknown flags, or more reads than a frame may hold.
     """
     flags, frame_id, count, region_id = _unpack(data)
-    if flags & ~WANT_CRC:
+    if flags & ~WANT_CHECKSUM:
         raise RemoteProtocolError(f"unknown flags {flags:#x} in a tcp request")
     if count > FRAME_READS_MAX:
         raise RemoteProtocolError(f"tcp request has {count} reads, more than {FRAME_READS_MAX}")
     return Request(flags, frame_id, count, region_id)
+
+
+def pack_single(request: Request, offset: int, length: int) -> bytes:
+    """Encode a request of one read."""
+    return _SINGLE.pack(MAGIC, VERSION, request.flags, request.frame_id, 1, request.region_id, offset, length)
+
+
+def unpack_read(data: bytes) -> tuple[int, int]:
+    """Decode one read: offset and length."""
+    offset, length = _READ.unpack(data)
+    return offset, length
 
 
 def pack_response(response: Response) -> bytes:
@@ -84,7 +95,7 @@ def pack_response(response: Response) -> bytes:
     return HEADER.pack(MAGIC, VERSION, response.status, response.frame_id, response.num_reads, response.num_bytes)
 
 
-def unpack_response(data: bytes) -> Response:
+def unpack_response(data: bytes | bytearray) -> Response:
     """Decode a response header.
 
     Raises:
@@ -105,8 +116,8 @@ def check_reads(reads: npt.NDArray[np.uint64], region_size_bytes: int) -> int:
     return OK
 
 
-def _unpack(data: bytes) -> tuple[int, int, int, int]:
-    magic, version, word, frame_id, count, last = HEADER.unpack(data)
+def _unpack(data: bytes | bytearray) -> tuple[int, int, int, int]:
+    magic, version, word, frame_id, count, last = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise RemoteProtocolError(f"not a mooncake tcp frame: starts with {magic!r}")
     if version != VERSION:

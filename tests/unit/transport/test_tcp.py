@@ -158,9 +158,9 @@ def test_strangers_are_dropped_and_readers_served(wire):
     region = Owned(server, "private").descriptor
     address = ("127.0.0.1", region.offers[0].port)
     header = tcp_wire.HEADER
-    too_many = header.pack(tcp_wire.MAGIC, 1, 0, 1, tcp_wire.FRAME_READS_MAX + 1, 5)
+    too_many = header.pack(tcp_wire.MAGIC, tcp_wire.VERSION, 0, 1, tcp_wire.FRAME_READS_MAX + 1, 5)
     for garbage in (b"GET / HTTP/1.1\r\n\r\n      ", b"\0" * 64, header.pack(tcp_wire.MAGIC, 9, 0, 1, 0, 5), too_many,
-                    header.pack(tcp_wire.MAGIC, 1, 0xFF, 1, 0, 5)):
+                    header.pack(tcp_wire.MAGIC, tcp_wire.VERSION, 0xFF, 1, 0, 5)):
         with socket.create_connection(address, timeout=5) as stranger:
             stranger.sendall(garbage)
             assert stranger.recv(100) == b""
