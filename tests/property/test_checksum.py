@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mooncake_store.testing.transport import pattern
-from mooncake_store.transport import checksum
 from mooncake_store.transport.checksum import KIND, ROW_WORDS, SEGMENT_ROWS, checksum_of, is_comparable
 
 SIZE = 3 << 20
@@ -66,10 +65,8 @@ def test_how_the_bytes_are_cut_does_not_matter(size, start, cuts, is_aligned):
     assert checksum_of(np.array(ranges, np.uint64)) == of(data)
 
 
-@pytest.mark.parametrize("can_gather", [True, False])
 @pytest.mark.parametrize("longest", [1, 3000, 300_000])
-def test_many_small_ranges(monkeypatch, can_gather, longest):
-    monkeypatch.setattr(checksum, "can_copy_by_kernel", lambda: can_gather)
+def test_many_small_ranges(longest):
     rng = np.random.default_rng(longest)
     lengths = rng.integers(1, longest + 1, 1500 if longest < 5000 else 12)
     starts = rng.integers(0, SIZE - longest, len(lengths))

@@ -30,6 +30,7 @@ from mooncake_store.errors import LocalProtocolError, PeerUnreachable
 from mooncake_store.metrics import Metrics
 from mooncake_store.pull.base import BlockSource, HeldBlock
 from mooncake_store.pull.leases import LeaseTable
+from mooncake_store.pull.link import is_readable
 from mooncake_store.pull.wire import (
     MESSAGE_MAX_BYTES,
     Accepted,
@@ -168,10 +169,9 @@ class PullServer:
 
     def _serve_one(self) -> bool:
         """Take and answer one message; False when there is none."""
-        try:
-            frames = self._socket.recv_multipart(zmq.DONTWAIT)
-        except zmq.Again:
+        if not is_readable(self._socket):
             return False
+        frames = self._socket.recv_multipart(zmq.DONTWAIT)
         peer, body = frames[0], frames[1:]
         answer: Message | None
         try:

@@ -51,9 +51,9 @@ SLOW_BYTES_PER_S = 1 << 30
 HELD_MAX_BYTES = 64 << 10
 """A lone copy up to this (10 us) keeps the GIL, rather than queue for it."""
 
-# ctypes.memmove without releasing the GIL
-_memmove_held = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
+memmove_held = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0)
+"""Does as ctypes.memmove, without releasing the GIL."""
 
 
 def past_deadline(medium: str, done: int, total: int) -> TransferFailed:
@@ -69,7 +69,7 @@ def copy_batch(batch: ReadBatch, source_address: int, *, medium: str, deadline_n
     if len(batch.lengths) == 1:
         length = int(batch.lengths[0])
         if length <= HELD_MAX_BYTES:
-            _memmove_held(int(batch.local_addresses[0]), source_address + int(batch.remote_offsets[0]), length)
+            memmove_held(int(batch.local_addresses[0]), source_address + int(batch.remote_offsets[0]), length)
             return ReadResult(np.ones(1, np.bool_), length)
     pieces = coalesce(batch)
     done = np.zeros(len(pieces.lengths), np.bool_)
