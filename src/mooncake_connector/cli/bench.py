@@ -20,6 +20,8 @@ from mooncake_store.errors import ConfigError, LocalProtocolError
 from mooncake_store.transport.bench import Case, Row, check_case, measure
 from mooncake_store.transport.media import TRANSPORTS, TransportSettings
 
+MEDIA = "shm,cma,tcp"
+TOTAL, BLOCKS = "64MiB", "1MiB,64KiB,16KiB"
 NUM_REPS = 15
 NUM_REPS_QUICK = 3
 TOTAL_QUICK = "4MiB"
@@ -37,13 +39,13 @@ def add_parser(subparsers: Any) -> None:
         description="Start a second process that serves memory, read blocks of it over each medium in turn, and "
                     "compare with one memcpy of the same bytes. Blocks lie in random order at both ends. Exit code 1 "
                     "when a medium could not be measured.")
-    transport.add_argument("--media", default="shm,cma,tcp", metavar="NAMES",
-                           help=f"any of {','.join(TRANSPORTS)} (default: %(default)s)")
-    transport.add_argument("--total", default="64MiB", metavar="SIZE", help="bytes of one read (default: %(default)s)")
-    transport.add_argument("--blocks", default="1MiB,64KiB,16KiB", metavar="SIZES", help="(default: %(default)s)")
-    transport.add_argument("--threads", default="1", metavar="NUMBERS", help="readers at a time (default: %(default)s)")
+    transport.add_argument("--media", default=MEDIA, metavar="NAMES",
+                           help=f"any of {','.join(TRANSPORTS)} (default: {MEDIA})")
+    transport.add_argument("--total", default=TOTAL, metavar="SIZE", help=f"bytes of one read (default: {TOTAL})")
+    transport.add_argument("--blocks", default=BLOCKS, metavar="SIZES", help=f"sizes of one block (default: {BLOCKS})")
+    transport.add_argument("--threads", default="1", metavar="NUMBERS", help="readers at a time (default: 1)")
     transport.add_argument("--reps", type=int, default=NUM_REPS, metavar="NUMBER",
-                           help="repetitions of each; the median counts (default: %(default)s)")
+                           help=f"repetitions of each; the median counts (default: {NUM_REPS})")
     transport.add_argument("--quick", action="store_true",
                            help=f"{TOTAL_QUICK} and {NUM_REPS_QUICK} repetitions: a check, not a measurement")
     transport.add_argument("--json", metavar="PATH", help="write {machine, versions, rows} here")
