@@ -34,8 +34,8 @@ SEGMENT_WORDS = ROW_WORDS * SEGMENT_ROWS
 SCRATCH_BYTES = 8 * SEGMENT_WORDS
 """One segment, so that it is summed by one call."""
 LONG_RANGE_BYTES = 128 << 10
-"""Ranges of at least this are summed where they are. Shorter ones are gathered first, which keeps the GIL some 200 us: numpy
-lets go of it for each sum, and getting it back may take 5 ms."""
+"""Ranges of at least this are summed where they are. Shorter ones are gathered first, which keeps the GIL some 200 us:
+numpy lets go of it for each sum, and getting it back may take 5 ms."""
 
 _WORD_BYTES = 8
 _SPACE = libc.address_space()
