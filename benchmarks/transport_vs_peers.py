@@ -1,8 +1,9 @@
 """Read the same scattered blocks with this package, Mooncake Transfer Engine (tcp) and NIXL (UCX over shm, and tcp).
 
-Every system runs in processes of its own and all take turns within each repetition; the ratio is to one memcpy of the
-same bytes made by the same process just before. A peer that cannot run gets rows that say why. Environments for the
-peers are made once below .cache/peers: mooncake-transfer-engine-non-cuda, and nixl-cu12 without its dependencies.
+Every system runs in processes of its own and all take turns within each repetition; those not in turn are stopped
+(NIXL's would poll meanwhile). The ratio is to one memcpy of the same bytes made by the same process just before. A peer
+that cannot run gets rows that say why. Environments for the peers are made once below .cache/peers:
+mooncake-transfer-engine-non-cuda, and nixl-cu12 without its dependencies.
 On Debian 12 they need: apt install libibverbs1 librdmacm1 libnuma1 libcurl4 liburing2
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import statistics
 import subprocess
 import sys
@@ -54,13 +56,21 @@ class Worker:
             return
         variables = {"PYTHONPATH": str(ROOT / "src"), **SYSTEMS[name][2], "TRANSPORT_PEERS_TOTAL": str(total_bytes)}
         self._process = subprocess.Popen([python, str(WORKER), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=subprocess.DEVNULL, env={**os.environ, **variables}, bufsize=0)
+                                         stderr=subprocess.DEVNULL, env={**os.environ, **variables}, bufsize=0,
+                                         start_new_session=True)
         self._buffer = b""
 
     def ask(self, command: str) -> dict[str, Any]:
         """Return the answer; one with ``error`` when there is none in time."""
         if self._process is None:
             return {"error": self.obstacle}
+        self._signal(signal.SIGCONT)
+        try:
+            return self._ask(command)
+        finally:
+            self._signal(signal.SIGSTOP)
+
+    def _ask(self, command: str) -> dict[str, Any]:
         try:
             self._process.stdin.write(f"{command}\n".encode())
         except OSError:
@@ -84,12 +94,21 @@ class Worker:
         """End it."""
         if self._process is None:
             return
+        self._signal(signal.SIGCONT)
         try:
             self._process.stdin.write(b"quit\n")
             self._process.wait(5)
         except (OSError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait()
+            pass
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to the reader and its owner process."""
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            pass
 
 
 def make_environment(name: str) -> tuple[str, str]:
@@ -163,6 +182,7 @@ def main() -> None:
     arguments.add_argument("--systems", default=",".join(SYSTEMS), help="(default: %(default)s)")
     arguments.add_argument("--reps", type=int, default=15)
     args = arguments.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped processes would stay
     names = [name for name in args.systems.split(",") if name in SYSTEMS]
     total_bytes = TOTAL_QUICK_BYTES if args.quick else TOTAL_BYTES
     environments = {"": (sys.executable, "")}
