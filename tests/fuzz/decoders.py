@@ -23,13 +23,22 @@ from mooncake_store.directory import schema
 from mooncake_store.errors import MooncakeError, RemoteProtocolError
 from mooncake_store.pull import wire
 from mooncake_store.transport import shm, tcp_wire
-from mooncake_store.transport.base import CmaOffer, LoopbackOffer, RdmaOffer, RegionDescriptor, ShmOffer, TcpOffer
+from mooncake_store.transport.base import (
+    CmaOffer,
+    CudaOffer,
+    LoopbackOffer,
+    RdmaOffer,
+    RegionDescriptor,
+    ShmOffer,
+    TcpOffer,
+)
 from mooncake_store.types import HostIdentity, Member, NodeId, block_key
 
 HOST = HostIdentity("0f0e0d0c-1111-2222-3333-444455556666", 4026531836)
 REGION = RegionDescriptor(0x1234567, 1 << 30, HOST, (
     ShmOffer("mooncake-shm-77-0011223344556677"), CmaOffer(77, 99, 1 << 40, 1 << 41), RdmaOffer("10.0.0.1", 4001),
-    TcpOffer("127.0.0.1", 4000), LoopbackOffer(77, 1 << 40)))
+    TcpOffer("127.0.0.1", 4000), LoopbackOffer(77, 1 << 40),
+    CudaOffer(77, 99, bytes(16), bytes(64), 1 << 20, 1 << 40, bytes(64), 8, 1 << 41)))
 KEYS = tuple(block_key(b"0123456789abcdef", 3, bytes([n]) * 32) for n in range(8))
 
 

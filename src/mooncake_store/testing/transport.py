@@ -68,7 +68,8 @@ class Owned:
             memory = self.shared.memory()
         else:
             self.bytes = pattern(size_bytes, seed)
-            memory = LocalMemory(self.bytes.ctypes.data, size_bytes, owner=self.bytes)
+            memory = LocalMemory(self.bytes.ctypes.data, size_bytes, owner=self.bytes,
+                                 kind="cuda" if backing == "cuda" else "host")
         offer = transport.serve(REGION_ID + seed, memory)
         assert offer is not None, f"{transport.medium} does not serve {backing} memory"
         self.descriptor = RegionDescriptor(REGION_ID + seed, size_bytes, host_identity(), (offer,))
@@ -193,7 +194,7 @@ class TransportTests:
 
     Attributes to override:
         make: makes a transport; called once per end.
-        backings: memory it can serve: ``memfd``, ``private``.
+        backings: memory it can serve: ``memfd``, ``private``, or ``cuda`` with ``testing.cuda.FakeCuda``.
         crosses_processes: whether another process can read.
         survives_owner: reads go on after the owner's death.
         checks_at_owner: a reader that lies about the region's size is refused.

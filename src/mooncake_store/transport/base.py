@@ -3,7 +3,7 @@
 Architecture::
 
     Media (media.py)            one per process: serves our memory on every medium, attaches to a peer's on the best one
-      └─ Transport              one per medium: shm | cma | rdma | tcp | loopback
+      └─ Transport              one per medium: shm | cma | cuda | rdma | tcp | loopback
            ├─ serve(memory)     -> Offer        goes into the RegionDescriptor that we publish
            └─ attach(region)    -> Attachment   reads batches out of a peer's region
 
@@ -25,7 +25,7 @@ bytes move, and never reads outside the region (checked on the serving side too,
 
 from __future__ import annotations
 
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -43,6 +43,7 @@ HOST_PATTERN = (rf"^(?=.{{1,253}}\Z)(?:{_LABEL}(?:\.{_LABEL})*\.?"
 Host = Annotated[str, msgspec.Meta(pattern=HOST_PATTERN)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
 Length = Annotated[int, msgspec.Meta(ge=1, le=(1 << 63) - 1)]
+IpcHandle = Annotated[bytes, msgspec.Meta(min_length=64, max_length=64)]
 
 
 class RegionGone(PeerUnreachable):
@@ -83,6 +84,23 @@ class RdmaOffer(msgspec.Struct, frozen=True, array_like=True, tag="rdma"):
     port: Port
 
 
+class CudaOffer(msgspec.Struct, frozen=True, array_like=True, tag="cuda"):
+    """GPU memory readable by CUDA IPC: ``offset`` into the allocation that ``handle`` names, and a guard word likewise.
+
+    The addresses are those in the owner's process, for readers within it.
+    """
+
+    pid: Pid
+    start_ticks: Uint63
+    device_uuid: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+    handle: IpcHandle
+    offset: Uint63
+    address: Uint63
+    guard_handle: IpcHandle
+    guard_offset: Uint63
+    guard_address: Uint63
+
+
 class LoopbackOffer(msgspec.Struct, frozen=True, array_like=True, tag="loopback"):
     """Memory of this very process; for tests and for reading our own segment."""
 
@@ -90,7 +108,7 @@ class LoopbackOffer(msgspec.Struct, frozen=True, array_like=True, tag="loopback"
     address: Uint63
 
 
-Offer = ShmOffer | CmaOffer | RdmaOffer | TcpOffer | LoopbackOffer
+Offer = ShmOffer | CmaOffer | CudaOffer | RdmaOffer | TcpOffer | LoopbackOffer
 
 
 class RegionDescriptor(msgspec.Struct, frozen=True, array_like=True):
@@ -113,12 +131,14 @@ class LocalMemory(msgspec.Struct, frozen=True):
         size_bytes: length.
         memfd: descriptor whose offset 0 is ``address``, or -1 when the memory is not shared.
         owner: object kept alive as long as the region is served (a tensor, an mmap).
+        kind: whether ``address`` is memory of the host or of a GPU, which only ``cuda`` serves.
     """
 
     address: int
     size_bytes: int
     memfd: int = -1
     owner: object = None
+    kind: Literal["host", "cuda"] = "host"
 
 
 class ReadBatch(msgspec.Struct, frozen=True):

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 import numpy as np
 
-from mooncake_store.errors import ConfigError, MooncakeError, PeerUnreachable, TransferFailed
+from mooncake_store.errors import ChecksumMismatch, ConfigError, MooncakeError, PeerUnreachable, TransferFailed
 from mooncake_store.metrics import Metrics
 from mooncake_store.transport.base import (
     Attachment,
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 
 COOL_DOWN_S = 30.0
 COOLING_MAX = 4096
+STALLED_S = 0.25
+"""A read that had this long and got nothing stalled; less, and the caller's deadline was short."""
 SMALL_READ_BYTES = 4096
 """Smaller reads, of epoch words, are counted with the next larger one: counting costs as much as reading."""
 
@@ -121,6 +123,7 @@ class Media:
         self._cool_down_s = cool_down_s
         self._lock = threading.Lock()
         self._cooling: dict[int, dict[str, int]] = {}
+        self._told: dict[tuple[int, str, bool], None] = {}
         self._attachments: weakref.WeakSet[MediaAttachment] = weakref.WeakSet()
         self._loopback = LoopbackTransport()
         self._transports: dict[str, Transport] = {}
@@ -157,6 +160,8 @@ class Media:
         offers: list[Offer] = []
         notes: list[str] = []
         for medium, transport in self._transports.items():
+            if (medium == "cuda") != (memory.kind == "cuda"):
+                continue
             try:
                 offer = transport.serve(region_id, memory)
             except (MooncakeError, OSError) as error:
@@ -169,7 +174,8 @@ class Media:
         if not offers:
             raise TransferFailed(f"no medium can serve {memory.size_bytes} bytes ({'; '.join(notes)})",
                                  where="$.media", hint="allow cma or tcp, which serve any memory")
-        self._loopback.serve(region_id, memory)
+        if memory.kind == "host":
+            self._loopback.serve(region_id, memory)
         logger.info("serving %d bytes as region %#x over %d media%s", memory.size_bytes, region_id, len(offers),
                     "".join(f"; {note}" for note in notes))
         return RegionDescriptor(region_id, memory.size_bytes, host_identity(), tuple(offers))
@@ -225,10 +231,25 @@ class Media:
                 failures[choice.medium] = error.message
                 continue
             for medium in failures:
-                self._metrics.add("mooncake_pull_fallbacks_total", medium=medium)
+                self._count_fallback(medium, "attach")
             reason = "; ".join([choice.reason, *(f"{medium}: {why}" for medium, why in failures.items())])
-            logger.info("reading region %#x over %s: %s", region.region_id, choice.medium, reason)
+            logger.log(self._level(logging.INFO, region.region_id, choice.medium), "reading region %#x over %s: %s",
+                       region.region_id, choice.medium, reason)
             return _Opened(choice.medium, reason, inner)
+
+    def _count_fallback(self, medium: str, reason: str) -> None:
+        self._metrics.add("mooncake_pull_fallbacks_total", medium=medium, reason=reason)
+
+    def _level(self, level: int, region_id: int, medium: str) -> int:
+        """Return ``level`` the first time for a region and medium, DEBUG afterwards: metrics count, logs tell."""
+        key = (region_id, medium, level == logging.WARNING)
+        with self._lock:
+            if key in self._told:
+                return logging.DEBUG
+            if len(self._told) >= COOLING_MAX:
+                del self._told[next(iter(self._told))]  # the oldest; it may be told twice
+            self._told[key] = None
+        return level
 
     def _choose(self, region: RegionDescriptor, tried: frozenset[str]) -> Choice | NoMedium:
         cooling = frozenset(medium for medium, until_ns in self._cooling_of(region.region_id).items()
@@ -243,8 +264,9 @@ class Media:
             return dict(self._cooling.get(region_id, {}))
 
     def _cool(self, region_id: int, medium: str, error: MooncakeError) -> None:
-        logger.warning("%s failed for region %#x, not used for it for %g s: %s", medium, region_id, self._cool_down_s,
-                       error)
+        logger.log(self._level(logging.WARNING, region_id, medium),
+                   "%s failed for region %#x, not used for it for %g s: %s", medium, region_id, self._cool_down_s,
+                   error)
         now_ns = time.monotonic_ns()
         with self._lock:
             if region_id not in self._cooling and len(self._cooling) >= COOLING_MAX:
@@ -256,6 +278,12 @@ class _Opened(NamedTuple):
     medium: str
     reason: str
     inner: Attachment
+
+
+def _reason(error: MooncakeError) -> str:
+    if isinstance(error, ChecksumMismatch):
+        return "changed"
+    return "unreachable" if isinstance(error, PeerUnreachable) else "failed"
 
 
 class MediaAttachment:
@@ -280,7 +308,8 @@ class MediaAttachment:
 
     def read(self, batch: ReadBatch, *, deadline_ns: int) -> ReadResult:
         """Copy the batch; see ``base.Attachment.read``. Requests that one medium fails are asked of the next."""
-        if self._inner is None or (self._return_at_ns and time.monotonic_ns() >= self._return_at_ns):
+        started_ns = time.monotonic_ns()
+        if self._inner is None or (self._return_at_ns and started_ns >= self._return_at_ns):
             self._reopen(deadline_ns)
         inner = self._inner
         if inner is None:
@@ -294,7 +323,7 @@ class MediaAttachment:
             self._uncounted_bytes = 0
         if result.error is None:
             return result
-        return self._retry(batch, result, deadline_ns)
+        return self._retry(batch, result, started_ns, deadline_ns)
 
     def close(self) -> None:
         """Release the region. Idempotent."""
@@ -306,13 +335,17 @@ class MediaAttachment:
             inner.close()
             self._media._count(self.medium, self._uncounted_bytes)
 
-    def _retry(self, batch: ReadBatch, result: ReadResult, deadline_ns: int) -> ReadResult:
+    def _retry(self, batch: ReadBatch, result: ReadResult, started_ns: int, deadline_ns: int) -> ReadResult:
         ok = result.ok.copy()
-        error = result.error
+        num_bytes, error = result.num_bytes, result.error
         tried: frozenset[str] = frozenset()
         while error is not None:
-            failed = self.medium
-            if self._is_closed or isinstance(error, RegionGone) or time.monotonic_ns() >= deadline_ns:
+            failed, now_ns = self.medium, time.monotonic_ns()
+            if self._is_closed or isinstance(error, RegionGone):
+                break
+            if now_ns >= deadline_ns:
+                if num_bytes == 0 and now_ns - started_ns >= STALLED_S * 1e9:
+                    self._leave(error)
                 break
             tried |= {failed}
             self._media._cool(self.region.region_id, failed, error)
@@ -321,16 +354,24 @@ class MediaAttachment:
             except PeerUnreachable:
                 self._drop(error)  # nothing left to try; the next read starts over
                 break
-            self._media._metrics.add("mooncake_pull_fallbacks_total", medium=failed)
+            self._media._count_fallback(failed, _reason(error))
             inner, rest = self._inner, np.flatnonzero(~ok)
             if inner is None:
                 break
+            started_ns = time.monotonic_ns()
             part = inner.read(ReadBatch(batch.remote_offsets[rest], batch.local_addresses[rest], batch.lengths[rest]),
                               deadline_ns=deadline_ns)
             self._media._count(self.medium, part.num_bytes)
             ok[rest] = part.ok
-            error = part.error
+            num_bytes, error = part.num_bytes, part.error
         return ReadResult.of(batch, ok, error)
+
+    def _leave(self, error: MooncakeError) -> None:
+        """Give up a medium that used the time up and moved nothing; the next read starts over without it."""
+        self._media._cool(self.region.region_id, self.medium, error)
+        if isinstance(self._media._choose(self.region, frozenset({self.medium})), Choice):
+            self._media._count_fallback(self.medium, "stalled")
+        self._drop(error)
 
     def _reopen(self, deadline_ns: int) -> None:
         """Start over with the best medium: a cool-down has ended, or nothing worked last time."""

@@ -205,13 +205,14 @@ def host_identity() -> HostIdentity:
 
 
 def process_start_ticks(pid: int) -> int | None:
-    """Return when process ``pid`` started, in clock ticks since boot; None when there is no such process."""
+    """Return when process ``pid`` started, in clock ticks since boot; None when it is dead."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     # the command name (field 2) may hold blanks and parentheses: count from the last ')'
-    return int(text.rpartition(")")[2].split()[_TICKS_FIELD - 3])
+    fields = text.rpartition(")")[2].split()
+    return None if fields[0] in "ZX" else int(fields[_TICKS_FIELD - 3])
 
 
 def _available_bytes() -> int:

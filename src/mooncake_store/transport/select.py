@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from mooncake_store.transport.base import (
     CmaOffer,
+    CudaOffer,
     LoopbackOffer,
     Offer,
     RdmaOffer,
@@ -19,8 +20,8 @@ from mooncake_store.transport.base import (
 )
 from mooncake_store.types import HostIdentity
 
-OFFER_TYPES: dict[str, type] = {"shm": ShmOffer, "cma": CmaOffer, "rdma": RdmaOffer, "tcp": TcpOffer,
-                                "loopback": LoopbackOffer}
+OFFER_TYPES: dict[str, type] = {"shm": ShmOffer, "cma": CmaOffer, "cuda": CudaOffer, "rdma": RdmaOffer,
+                                "tcp": TcpOffer, "loopback": LoopbackOffer}
 """Every medium this version knows."""
 
 
@@ -65,9 +66,9 @@ def _obstacle(medium: str, own: HostIdentity, region: RegionDescriptor, cooling:
         return "unknown to this version"
     if not any(isinstance(offer, expected) for offer in region.offers):
         return "not offered"
-    if medium in ("shm", "cma", "loopback") and own.boot_id != region.host.boot_id:
+    if medium in ("shm", "cma", "cuda", "loopback") and own.boot_id != region.host.boot_id:
         return "another host"
-    if medium in ("cma", "loopback") and own.pid_namespace != region.host.pid_namespace:
+    if medium in ("cma", "cuda", "loopback") and own.pid_namespace != region.host.pid_namespace:
         return "another pid namespace"
     if medium in cooling:
         return "failed a moment ago"
@@ -85,4 +86,6 @@ def _virtue(medium: str, own: HostIdentity, region: RegionDescriptor) -> str:
         return "same host, the region is shared memory"
     if medium == "cma":
         return "same host, same pid namespace"
+    if medium == "cuda":
+        return "same host, the region is GPU memory"
     return "same host" if own.boot_id == region.host.boot_id else "another host"

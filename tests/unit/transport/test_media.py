@@ -7,10 +7,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from mooncake_store.errors import ConfigError, PeerUnreachable, TransferFailed
+from mooncake_store.errors import ChecksumMismatch, ConfigError, PeerUnreachable, TransferFailed
 from mooncake_store.metrics import Metrics
 from mooncake_store.testing.transport import Target, pattern, scattered, soon
-from mooncake_store.transport.base import LocalMemory, RegionGone
+from mooncake_store.transport.base import LocalMemory, ReadResult, RegionGone
 from mooncake_store.transport.cma import CmaTransport
 from mooncake_store.transport.faults import FaultPlan, FaultyTransport
 from mooncake_store.transport.media import Media
@@ -48,8 +48,10 @@ def sample(media, name, medium):
     return media._metrics.snapshot().get(f'{name}{{medium="{medium}"}}', 0.0)
 
 
-def fallbacks(media, medium):
-    return sample(media, "mooncake_pull_fallbacks_total", medium)
+def fallbacks(media, medium, reason=None):
+    labels = f'{{medium="{medium}",reason="{reason or ""}'
+    return sum(value for name, value in media._metrics.snapshot().items()
+               if name.startswith("mooncake_pull_fallbacks_total" + labels))
 
 
 def read(attachment, source, seed=0):
@@ -138,7 +140,7 @@ def test_a_medium_that_cannot_attach_is_passed_over(owner):
     media = wrapped(FaultPlan(death_after_reads=0))
     attachment = media.attach(owner.region, deadline_ns=soon())
     assert attachment.medium == "cma" and "injected" in attachment.reason
-    assert fallbacks(media, "shm") == 1
+    assert fallbacks(media, "shm", "attach") == fallbacks(media, "shm") == 1
     media.close()
 
 
@@ -180,3 +182,67 @@ def test_close_ends_attachments(owner):
     media.close()
     result = attachment.read(Target(np.array([0]), np.array([8])).batch, deadline_ns=soon())
     assert not result.ok.any() and result.error is not None
+
+
+class Deaf(ShmTransport):
+    """Attaches, and then nothing comes until the deadline."""
+
+    def attach(self, region, *, deadline_ns):
+        attachment = super().attach(region, deadline_ns=deadline_ns)
+
+        def read(batch, *, deadline_ns):
+            time.sleep(max(0.0, (deadline_ns - time.monotonic_ns()) / 1e9))
+            return ReadResult.failed(batch, TransferFailed("deadline passed", where="shm"))
+
+        attachment.read = read
+        return attachment
+
+
+def test_a_medium_that_uses_all_the_time_up_is_left_for_the_next_read(owner):
+    media = Media.of({"shm": Deaf(), "tcp": TcpTransport()}, metrics=Metrics())
+    attachment = media.attach(owner.region, deadline_ns=soon())
+    target = Target(np.array([0]), np.array([8]))
+    assert not attachment.read(target.batch, deadline_ns=soon(0.01)).ok.any()
+    assert attachment.medium == "shm" and fallbacks(media, "shm") == 0, "our own deadline was short"
+    assert not attachment.read(target.batch, deadline_ns=soon(0.3)).ok.any()
+    assert read(attachment, owner.source).error is None
+    assert attachment.medium == "tcp" and fallbacks(media, "shm", "stalled") == 1
+    media.close()
+
+
+@pytest.mark.parametrize(("error", "reason"), [
+    (PeerUnreachable("hung up"), "unreachable"), (ChecksumMismatch("changed"), "changed"),
+    (TransferFailed("no"), "failed"),
+])
+def test_a_fallback_is_counted_with_its_reason(owner, error, reason):
+    class Failing(ShmTransport):
+        def attach(self, region, *, deadline_ns):
+            attachment = super().attach(region, deadline_ns=deadline_ns)
+            attachment.read = lambda batch, *, deadline_ns: ReadResult.failed(batch, error)
+            return attachment
+
+    media = Media.of({"shm": Failing(), "cma": CmaTransport()}, metrics=Metrics())
+    assert read(media.attach(owner.region, deadline_ns=soon()), owner.source).error is None
+    assert fallbacks(media, "shm", reason) == fallbacks(media, "shm") == 1
+    media.close()
+
+
+def test_each_region_and_medium_is_told_of_once(owner, caplog):
+    media = wrapped(FaultPlan(seed=3, reset=0.5), cool_down_s=0.001)
+    with caplog.at_level(logging.INFO, "mooncake_store.transport.media"):
+        attachment = media.attach(owner.region, deadline_ns=soon())
+        for seed in range(40):
+            assert read(attachment, owner.source, seed).error is None
+            time.sleep(0.002)
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.INFO]
+    assert fallbacks(media, "shm") > 5, "it failed and came back often"
+    assert sum("over shm" in line for line in told) == sum("over cma" in line for line in told) == 1
+    assert sum("shm failed for region" in line for line in told) == 1
+    media.close()
+
+
+def test_preference_is_the_order_given(owner):
+    media = Media(allowed=("tcp", "cma", "shm"), metrics=Metrics())
+    attachment = media.attach(owner.region, deadline_ns=soon())
+    assert attachment.medium == "tcp"
+    media.close()
