@@ -15,6 +15,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from mooncake_store.errors import RemoteProtocolError
 from mooncake_store.transport import tcp_wire
 from mooncake_store.transport.base import LocalMemory
 from mooncake_store.transport.checksum import CHECKSUM_BYTES, checksum_of
+from mooncake_store.transport.coalesce import Group
 from mooncake_store.transport.copying import single_range
 from mooncake_store.transport.cursor import RangeCursor
 from mooncake_store.transport.tcp_stream import SPACE, WOULD_BLOCK, has_pending, send_ranges, tune
@@ -48,21 +50,48 @@ IDLE_MAX_S = 600.0
 """A connection nobody used for this long is closed; its reader opens another when it needs one."""
 TURN_S = 1.0
 """How often lateness is looked for."""
+_NOTHING = np.empty(0, np.uint8)
 
 
 class _Answer:
-    """One response on its way out. Keeps its header, checksum and staged bytes alive while they are sent.
+    """One response on its way out: bytes of its own, then memory of a region.
 
-    ``region_id``: whose memory it is sent from; 0 when it is all staged.
+    Attributes:
+        region_id: whose memory it is sent from; 0 when it is all bytes of its own.
+        cursor: what is being sent: the own bytes and the first chunk, later one chunk at a time.
     """
 
-    def __init__(self, region_id: int, parts: list[bytes], middle: npt.NDArray[np.uint64] | None = None) -> None:
-        self.region_id = region_id
-        self._parts = [np.frombuffer(part, np.uint8) for part in parts if part]
-        rows = [single_range(part.ctypes.data, part.nbytes) for part in self._parts]
-        if middle is not None:
-            rows.insert(1, middle)
-        self.cursor = RangeCursor(np.concatenate(rows))
+    def __init__(self, own: bytes) -> None:
+        self.region_id = 0
+        self._own = np.frombuffer(own, np.uint8)  # kept alive while it is sent, as the checksum is
+        self._checksum = np.zeros(1, "<u8")
+        self._flags = 0
+        self._ranges = np.empty((0, 2), np.uint64)
+        self._chunks: Iterator[Group] = iter(())
+        self.cursor = RangeCursor(single_range(self._own.ctypes.data, self._own.nbytes))
+
+    @classmethod
+    def of_memory(cls, request: Request, header: bytes, ranges: npt.NDArray[np.uint64]) -> _Answer:
+        """Answer with memory ranges of a region, uint64 [n, 2]."""
+        answer = cls(header)
+        answer.region_id = request.region_id
+        answer._flags, answer._ranges = request.flags, ranges
+        answer._chunks = tcp_wire.chunks(ranges[:, 1], request.flags)
+        answer.go_on(answer._own)
+        return answer
+
+    def go_on(self, own: npt.NDArray[np.uint8] = _NOTHING) -> bool:
+        """Begin with the next chunk, behind bytes of our own, once the one before is sent; False when there is none."""
+        chunk = next(self._chunks, None)
+        if chunk is None:
+            return False
+        ranges = self._ranges[chunk.start:chunk.stop]
+        parts = [single_range(own.ctypes.data, own.nbytes), ranges] if own.nbytes else [ranges]
+        if self._flags & tcp_wire.WANT_CHECKSUM:
+            self._checksum[0] = checksum_of(ranges)
+            parts.append(single_range(self._checksum.ctypes.data, CHECKSUM_BYTES))
+        self.cursor = RangeCursor(np.concatenate(parts))
+        return True
 
 
 class _Connection:
@@ -289,7 +318,7 @@ class ReadServer:
         status = tcp_wire.UNKNOWN_REGION if memory is None else tcp_wire.check_reads(reads, memory.size_bytes)
         if memory is None or status != tcp_wire.OK or request.num_reads == 0:
             connection.is_refused = status != tcp_wire.OK
-            return _Answer(0, [pack_response(Response(status, request.frame_id, request.num_reads, 0))])
+            return _Answer(pack_response(Response(status, request.frame_id, request.num_reads, 0)))
         ranges = reads
         ranges[:, 0] += np.uint64(memory.address)
         num_bytes = int(ranges[:, 1].sum())
@@ -297,10 +326,7 @@ class ReadServer:
             staged = b"".join(SPACE[start:start + length] for start, length in ranges.tolist())
             return self._send_staged(connection, request, staged)
         header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, num_bytes))
-        checksum = b""
-        if request.flags & tcp_wire.WANT_CHECKSUM:
-            checksum = checksum_of(ranges).to_bytes(CHECKSUM_BYTES, "little")
-        return _Answer(request.region_id, [header, checksum], ranges)
+        return _Answer.of_memory(request, header, ranges)
 
     def _send_staged(self, connection: _Connection, request: Request, staged: bytes) -> _Answer | None:
         header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, len(staged)))
@@ -313,15 +339,18 @@ class ReadServer:
             sent = connection.socket.send(data)
         except WOULD_BLOCK:
             sent = 0
-        return None if sent == len(data) else _Answer(0, [data[sent:]])
+        return None if sent == len(data) else _Answer(data[sent:])
 
     def _send(self, connection: _Connection, answer: _Answer) -> None:
-        with self._lock:
-            if answer.region_id and answer.region_id not in self._regions:
-                raise OSError("its region was withdrawn")
-            try:
-                answer.cursor.advance(send_ranges(connection.socket, answer.cursor.window()))
-            except WOULD_BLOCK:
-                return
-        if answer.cursor.is_done():
-            connection.answer = None
+        """Send until the connection takes no more. Raises OSError."""
+        while True:
+            with self._lock:  # taken for each call, so that a withdrawal gets in between
+                if answer.region_id and answer.region_id not in self._regions:
+                    raise OSError("its region was withdrawn")
+                if answer.cursor.is_done() and not answer.go_on():
+                    connection.answer = None
+                    return
+                try:
+                    answer.cursor.advance(send_ranges(connection.socket, answer.cursor.window()))
+                except WOULD_BLOCK:
+                    return

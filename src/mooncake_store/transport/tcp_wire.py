@@ -3,27 +3,34 @@
 ::
 
     request   header(24) | count x (offset u64, length u64)
-    response  header(24) | the bytes of every read, in order | checksum u64 of these bytes, when asked for
+    response  header(24) | the bytes of every read, in order
+    response  header(24) | chunks, each: the bytes of some reads, in order | their checksum u64    when WANT_CHECKSUM
 
 A connection carries any number of request frames, answered in order. ``count`` 0 asks only whether the region is
-served. A refusal is a response header without bytes; the reader drops the connection after one. Little-endian.
+served. Both ends cut a frame into the same chunks (``chunks``), each summed just before it is sent and just after it
+has arrived, while it is in the cache. A refusal is a response header without bytes; the reader drops the connection
+after one. Little-endian.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mooncake_store.errors import RemoteProtocolError
+from mooncake_store.transport.coalesce import Group, groups
 
 MAGIC = b"MTCP"
 VERSION = 2
 FRAME_READS_MAX = 1024
 FRAME_MAX_BYTES = 8 << 20
 """Bytes of one response. Also the longest read: longer ones are cut before they get here."""
+CHUNK_BYTES = 1 << 20
+"""Bytes under one checksum, give or take a read."""
 
 HEADER = struct.Struct("<4sHHIIQ")
 HEADER_BYTES = HEADER.size
@@ -82,6 +89,13 @@ def unpack_request(data: bytes | bytearray) -> Request:
 def pack_single(request: Request, offset: int, length: int) -> bytes:
     """Encode a request of one read."""
     return _SINGLE.pack(MAGIC, VERSION, request.flags, request.frame_id, 1, request.region_id, offset, length)
+
+
+def chunks(lengths: npt.NDArray[np.uint64], flags: int) -> Iterator[Group]:
+    """Divide the reads of a frame, at least one, into the chunks in which its response comes."""
+    if flags & WANT_CHECKSUM:
+        return groups(lengths, count_max=FRAME_READS_MAX, bytes_max=CHUNK_BYTES)
+    return iter([Group(0, len(lengths), int(lengths.sum()))])
 
 
 def unpack_read(data: bytes) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import pytest
 
 from mooncake_store.errors import ChecksumMismatch, PeerUnreachable, TransferFailed
 from mooncake_store.testing.transport import Owned, Target, scattered, soon
-from mooncake_store.transport import tcp, tcp_server, tcp_wire
+from mooncake_store.transport import tcp_server, tcp_wire
 from mooncake_store.transport.base import RegionGone, TcpOffer
 from mooncake_store.transport.tcp import TcpTransport
 
@@ -92,8 +92,7 @@ def blocks(count=40, length=100_000):
     return Target(np.random.default_rng(0).permutation(count) * length, np.full(count, length))
 
 
-def test_a_flipped_byte_fails_its_frame_only(wire, monkeypatch):
-    monkeypatch.setattr(tcp, "FRAME_BYTES", 1 << 20)
+def test_a_flipped_byte_fails_its_chunk_only(wire):
     proxy, attachment, owned = wire
     target = blocks()
     proxy.flip_at = proxy.passed + 24 + 555_555  # in the data of the first answer
