@@ -1,14 +1,14 @@
 """Compute the checksum of scattered memory at the speed of reading it, with numpy alone.
 
 Definition (docs/adr/0005-checksum.md says why this one). The bytes of all ranges, one after the other, are a stream of
-little-endian 64-bit words, the last one padded with zeros. The stream is laid out in rows of ``ROW_WORDS`` words, 256
+little-endian 64-bit words, the last one padded with zeros. The stream is laid out in rows of ``ROW_WORDS`` words, 511
 rows make a segment. Each segment is summed by column, modulo 2**64. The checksum is the kind of this definition (one
 byte) followed by 7 bytes of the SHA-256 of the stream's length and all the column sums, 8 bytes together, below 2**63.
 
 How the bytes are cut into ranges does not matter, nor the machine. What is noticed, but for one chance in 2**56: every
 change of one word, so every flipped bit; bytes cut off or added; bytes replaced by unrelated ones (a zeroed or stale
 page, a torn write); bytes that changed places, unless they moved by a multiple of 3,992 bytes within one segment of
-1,021,952, which nothing aligned to a page does. It is no protection against intent.
+2,039,912, which nothing aligned to a page does. It is no protection against intent.
 """
 
 from __future__ import annotations
@@ -29,10 +29,11 @@ CHECKSUM_BYTES = 8
 
 ROW_WORDS = 499
 """A prime, so that no distance between aligned places is a whole number of rows."""
-SEGMENT_ROWS = 256
+SEGMENT_ROWS = 511
+"""As many as keep a distance of 512 rows, which is aligned to a page, out of a segment."""
 SEGMENT_WORDS = ROW_WORDS * SEGMENT_ROWS
-SCRATCH_BYTES = 8 * SEGMENT_WORDS
-"""One segment, so that it is summed by one call."""
+SCRATCH_BYTES = 256 * 8 * ROW_WORDS
+"""Whole rows, so that they are summed by one call."""
 LONG_RANGE_BYTES = 128 << 10
 """Ranges of at least this are summed where they are. Shorter ones are gathered first, which keeps the GIL some 200 us:
 numpy lets go of it for each sum, and getting it back may take 5 ms."""
@@ -48,7 +49,7 @@ def checksum_of(ranges: npt.NDArray[np.uint64]) -> int:
     The ranges must be readable memory: nothing checks that. Threads: any, each with its own scratch buffer.
     """
     if len(ranges) == 1:
-        address, length = (int(value) for value in ranges[0])
+        ((address, length),) = ranges.tolist()
         if not (address | length) % _WORD_BYTES:
             sums = _ColumnSums(length)
             sums.add(np.frombuffer(_SPACE[address:address + length], "<u8"))
@@ -93,8 +94,8 @@ class _ColumnSums:
         while len(words):
             row, column = divmod(self._num_added, ROW_WORDS)
             segment, row = divmod(row, SEGMENT_ROWS)
-            num_rows = 0 if column else len(words) // ROW_WORDS
-            if num_rows == 0:
+            num_rows = 1 if column else len(words) // ROW_WORDS
+            if num_rows <= 1:
                 taken = min(ROW_WORDS - column, len(words))
                 self._sums[segment, column:column + taken] += words[:taken]
             elif row == 0 and num_rows >= SEGMENT_ROWS:
