@@ -3,8 +3,9 @@
     transport_peers.py SYSTEM          reads commands from standard input and answers each with one line of JSON
     transport_peers.py SYSTEM-owner    the process that has the bytes
 
-SYSTEM: mooncake-shm, mooncake-cma, mooncake-tcp (this package), te-tcp (Mooncake Transfer Engine), nixl-... (UCX; the
-variable UCX_TLS says over what). Runs in the system's own environment: imports numpy and that system only.
+SYSTEM: mooncake-shm, mooncake-cma, mooncake-tcp, mooncake-tcp-unverified (this package; the last without checksums, as
+every peer), te-tcp (Mooncake Transfer Engine), nixl-... (UCX; the variable UCX_TLS says over what). Runs in the system's
+own environment: imports numpy and that system only.
 Commands: ``check BLOCK BATCH``, ``read BLOCK BATCH`` (BATCH blocks a call, 0 = all in one), ``quit``.
 """
 
@@ -42,10 +43,13 @@ class Mooncake:
         from mooncake_store.transport import bench
         from mooncake_store.transport.base import ReadBatch
         from mooncake_store.transport.media import TransportSettings
+        from mooncake_store.transport.tcp import TcpTransport
 
         self._target, self._batch = target.ctypes.data, ReadBatch
-        self._owner = bench._Owner([medium], TransportSettings(), TOTAL_BYTES)
-        self._attachment = self._owner.attach(medium)
+        medium, _, is_unverified = medium.partition("-")
+        self._owner = bench.Owner([medium], TransportSettings(), TOTAL_BYTES)
+        transport = TcpTransport("127.0.0.1", checksum=False) if is_unverified else None
+        self._attachment = self._owner.attach(medium, transport)
 
     def prepare(self, sources: np.ndarray, targets: np.ndarray, block_bytes: int) -> Callable[[], None]:
         """Return a call that reads these blocks. It raises what the system raises."""
@@ -62,7 +66,7 @@ class Mooncake:
     def close(self) -> None:
         """End it."""
         self._attachment.close()
-        self._owner.__exit__()
+        self._owner.close()
 
 
 class TransferEngine:

@@ -94,7 +94,7 @@ def measure(media: Sequence[str], cases: Sequence[Case], *, num_reps: int,
     target = np.empty(size, np.uint8)
     populate(target.ctypes.data, size)
     source = _content(size)
-    with _Owner(media, settings, size) as owner:
+    with Owner(media, settings, size) as owner:
         for case in cases:
             yield _measure_case(owner, media, case, num_reps, source, target)
 
@@ -102,7 +102,7 @@ def measure(media: Sequence[str], cases: Sequence[Case], *, num_reps: int,
 class _Reader:
     """Reads one case over one medium."""
 
-    def __init__(self, owner: _Owner, medium: str, case: Case, target_address: int) -> None:
+    def __init__(self, owner: Owner, medium: str, case: Case, target_address: int) -> None:
         self.medium = medium
         self.times_s: list[float] = []
         self._batches = case.batches(target_address)
@@ -136,7 +136,7 @@ class _Reader:
             attachment.close()
 
 
-def _measure_case(owner: _Owner, media: Sequence[str], case: Case, num_reps: int, source: npt.NDArray[np.uint8],
+def _measure_case(owner: Owner, media: Sequence[str], case: Case, num_reps: int, source: npt.NDArray[np.uint8],
                   target: npt.NDArray[np.uint8]) -> list[Row]:
     size = case.total_bytes
     address, source_address = target.ctypes.data, source.ctypes.data
@@ -187,7 +187,7 @@ def _check(case: Case, medium: str, source: npt.NDArray[np.uint8], target: npt.N
                 raise TransferFailed(f"wrong bytes arrived in the block at {offset}", where=medium)
 
 
-class _Owner:
+class Owner:
     """The process that has the bytes. Use as a context manager; it is gone afterwards, however this one ends."""
 
     def __init__(self, media: Sequence[str], settings: TransportSettings, size_bytes: int) -> None:
@@ -207,16 +207,20 @@ class _Owner:
             self._regions, self._obstacles = msgspec.msgpack.decode(
                 self._link.recv_bytes(), type=tuple[dict[str, RegionDescriptor], dict[str, str]])
         except (MooncakeError, EOFError, OSError) as error:
-            self.__exit__()
+            self.close()
             if isinstance(error, MooncakeError):
                 raise
             raise TransferFailed(f"the owner process ended: {error}", where="benchmark",
                                  hint="there may be too little memory; try smaller sizes") from error
 
-    def __enter__(self) -> _Owner:
+    def __enter__(self) -> Owner:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the process, by force if it does not go in time."""
         for transport in self._transports.values():
             transport.close()
         self._link.close()  # the owner sees the end and goes
@@ -225,14 +229,20 @@ class _Owner:
             self._process.kill()
             self._process.join(STOP_TIMEOUT_S)
 
-    def attach(self, medium: str) -> Attachment:
-        """Open the region. Raises MooncakeError, also when the medium does not work here."""
+    def attach(self, medium: str, transport: Transport | None = None) -> Attachment:
+        """Open the region, with a transport of the caller's if given.
+
+        Raises:
+            MooncakeError: also when the medium does not work here.
+        """
         if medium not in self._regions:
             raise TransferFailed(self._obstacles.get(medium, "the owner does not serve it"), where=medium)
-        if medium not in self._transports:
-            self._transports[medium] = TRANSPORTS[medium](self._settings)
+        if transport is None:
+            if medium not in self._transports:
+                self._transports[medium] = TRANSPORTS[medium](self._settings)
+            transport = self._transports[medium]
         deadline_ns = time.monotonic_ns() + int(START_TIMEOUT_S * 1e9)
-        return self._transports[medium].attach(self._regions[medium], deadline_ns=deadline_ns)
+        return transport.attach(self._regions[medium], deadline_ns=deadline_ns)
 
 
 def _own(link: Connection, media: tuple[str, ...], settings: TransportSettings, size_bytes: int) -> None:
