@@ -4,7 +4,7 @@
     transport_peers.py SYSTEM-owner    the process that has the bytes
 
 SYSTEM: mooncake-shm, mooncake-cma, mooncake-tcp, mooncake-tcp-unverified (this package; the last without checksums, as
-every peer), te-tcp (Mooncake Transfer Engine), nixl-... (UCX; the variable UCX_TLS says over what). Runs in the system's
+every peer), te-tcp (Mooncake Transfer Engine), nixl-... (UCX; UCX_TLS says over what). Runs in the system's
 own environment: imports numpy and that system only.
 Commands: ``check BLOCK BATCH``, ``read BLOCK BATCH`` (BATCH blocks a call, 0 = all in one), ``quit``.
 """
