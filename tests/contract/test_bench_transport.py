@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,13 +29,13 @@ def start(*arguments: str) -> subprocess.Popen[str]:
 def members(session: int) -> list[int]:
     """Return the processes of a session that still run."""
     found = []
-    for entry in Path("/proc").iterdir():
+    for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, NotADirectoryError, ProcessLookupError):
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
             continue
         if fields[0] != "Z" and int(fields[3]) == session:
-            found.append(int(entry.name))
+            found.append(int(stat.parent.name))
     return found
 
 
@@ -52,19 +53,24 @@ def test_a_quick_run_measures_every_medium_and_leaves_nothing(tmp_path):
 
 def test_ctrl_c_ends_both_processes_in_one_line():
     process = start("--reps", "100000", "--total", "4MiB", "--blocks", "1MiB", "--media", "shm,tcp")
-    assert process.stdout is not None
-    process.stdout.readline()  # it has begun
+    try:
+        process.stdout.readline()  # it has begun
+        wait_until(lambda: len(members(process.pid)) >= 2)
+        time.sleep(1.0)  # and is reading, most likely
+        os.killpg(process.pid, signal.SIGINT)
+        _, err = process.communicate(timeout=30)
+        assert process.returncode == 130 and err.splitlines() == ["mooncake bench: interrupted"]
+        wait_until(lambda: not members(process.pid))
+    finally:
+        for pid in members(process.pid):
+            os.kill(pid, signal.SIGKILL)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 30
-    while len(members(process.pid)) < 2 and time.monotonic() < deadline:
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(1.0)
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=30)
-    assert process.returncode == 130 and err.splitlines() == ["mooncake bench: interrupted"]
-    deadline = time.monotonic() + 10
-    while members(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert members(process.pid) == []
 
 
 def test_a_medium_that_does_not_work_gets_a_row_that_says_why():
