@@ -25,9 +25,10 @@ PYTEST   := $(BIN)/python -m pytest
 UNIT_TESTS   := tests/unit tests/property tests/fuzz tests/contract
 # The demo first: the engine tests keep their servers until the session ends, and all together do not fit into 24 GB.
 ENGINE_TESTS := tests/e2e tests/engine
+RDMA_TESTS   := tests/rdma
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-engine bench check docs env env-base clean
+.PHONY: help demo test test-unit test-rdma test-engine bench check docs env env-base clean
 # The verbs share two cores and one set of environments; one at a time.
 .NOTPARALLEL:
 
@@ -39,11 +40,14 @@ demo: env ## split prefill from decode and pool the cache, on real text (ARGS="-
 
 test: check ## every test there is; vLLM is installed beside the tests that need none
 	@$(MAKE_ENV) vllm model & making=$$!; trap 'kill $$making 2>/dev/null' EXIT INT TERM; \
-	$(PYTEST) $(UNIT_TESTS) $(ARGS); failed=$$?; \
+	$(PYTEST) $(UNIT_TESTS) $(RDMA_TESTS) $(ARGS); failed=$$?; \
 	wait $$making && trap - EXIT INT TERM && $(PYTEST) $(ENGINE_TESTS) $(ARGS) && exit $$failed
 
 test-unit: env-base ## unit, property and contract tests: no engine, no model
 	$(PYTEST) $(UNIT_TESTS) $(ARGS)
+
+test-rdma: env-base ## the rdma medium on real verbs, in a guest with soft-RoCE devices; needs root
+	$(PYTEST) $(RDMA_TESTS) $(ARGS)
 
 test-engine: env ## tests on the real processes: vLLM servers, router, etcd, store node
 	$(PYTEST) $(ENGINE_TESTS) $(ARGS)
