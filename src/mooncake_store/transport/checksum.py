@@ -124,13 +124,13 @@ def _add_gathered(sums: _ColumnSums, ranges: npt.NDArray[np.uint64]) -> None:
         scratch = _local.scratch = np.empty(SCRATCH_BYTES, np.uint8)
     start, filled = scratch.ctypes.data, 0
     for address, length in ranges.tolist():
-        while length:
-            count = min(length, SCRATCH_BYTES - filled)
+        while length >= SCRATCH_BYTES - filled:
+            count = SCRATCH_BYTES - filled
             memmove_held(start + filled, address, count)
-            address, length, filled = address + count, length - count, filled + count
-            if filled == SCRATCH_BYTES:
-                sums.add(scratch.view("<u8"))
-                filled = 0
+            sums.add(scratch.view("<u8"))
+            address, length, filled = address + count, length - count, 0
+        memmove_held(start + filled, address, length)
+        filled += length
     if filled:
         end = -(-filled // _WORD_BYTES) * _WORD_BYTES
         scratch[filled:end] = 0
