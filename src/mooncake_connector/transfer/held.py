@@ -79,7 +79,7 @@ class HeldTransfer:
     progress: Progress = Progress()
     block_ids: list[int] = dataclasses.field(default_factory=list)
     step: PrefillStep | None = None
-    sent: tuple[int, Progress] | None = None
+    sent: tuple[int, Progress, bytes | None] | None = None
     num_sent_blocks: int = 0
     note: bytes | None = None
     is_computed: bool = False
@@ -222,9 +222,10 @@ class HeldTransfers:
         if transfer is None or transfer.peer is None or transfer.state is Held.GONE:
             return None
         epoch = int(epochs[transfer.slot])
-        if transfer.sent == (epoch, transfer.progress):
+        news = (epoch, transfer.progress, transfer.note)
+        if transfer.sent == news:
             return None
-        transfer.sent = (epoch, transfer.progress)
+        transfer.sent = news
         block_ids = None
         if len(transfer.block_ids) != transfer.num_sent_blocks:
             block_ids, transfer.num_sent_blocks = transfer.block_ids, len(transfer.block_ids)

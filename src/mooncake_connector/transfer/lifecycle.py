@@ -77,6 +77,8 @@ HELD_TABLE: dict[tuple[Held, HeldEvent], HeldStep] = {
     (_C, _E.DONE): HeldStep(_D, ()),
     (_C, _E.EXPIRED): HeldStep(_D, (_ABORT,)),
     (_H, _E.SUBSCRIBED): HeldStep(_H, (_PUBLISH,)),
+    # The engine takes back what it had finished; vLLM never does.
+    (_H, _E.ENDED_BADLY): HeldStep(_G, (_REVOKE, _REPORT, _ABORT)),
     (_H, _E.DONE): HeldStep(_G, (_REVOKE, _REPORT)),
     (_H, _E.EXPIRED): HeldStep(_G, (_REVOKE, _REPORT, _ABORT)),
     (_D, _E.SUBSCRIBED): HeldStep(_D, ()),

@@ -181,3 +181,23 @@ def test_blocks_that_nobody_fetched_are_freed_and_the_request_is_lost(book):
     book.finish(finished(), 1)
     ended = book.expire(2 + LEASE_NS, idle_since_ns=0)
     assert Report("r") in ended and Lose("r", "the lease ended") in ended
+
+
+def test_a_note_alone_is_news(book, epochs):
+    book.subscribe("t", PEER, 0)
+    book.schedule(PrefillStep("r", "t", [4, 5], 0, 150, 151, False), 1)
+    book.complete_step("t")
+    assert book.ready("t", epochs)[1].note is None
+    book.schedule(noted(150, 150), 2)
+    book.complete_step("t")
+    assert book.ready("t", epochs)[1].note == b"row"
+
+
+def test_an_engine_may_take_back_what_it_finished(book):
+    book.subscribe("t", PEER, 0)
+    book.schedule(noted(), 1)
+    book.complete_step("t")
+    book.finish(finished(), 2)
+    ended = book.finish(finished(delivered=False), 3)
+    assert isinstance(ended[0], Revoke) and Report("r") in ended
+    assert TellAbort(PEER, "t", "the prefill was aborted") in ended

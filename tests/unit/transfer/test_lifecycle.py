@@ -19,7 +19,7 @@ from mooncake_store.errors import LocalProtocolError
 
 # What the engine itself never does to a finished request.
 FORBIDDEN_HELD = {(Held.HELD, event) for event in
-                  (HeldEvent.SCHEDULED, HeldEvent.PREEMPTED, HeldEvent.FINISHED, HeldEvent.ENDED_BADLY)}
+                  (HeldEvent.SCHEDULED, HeldEvent.PREEMPTED, HeldEvent.FINISHED)}
 
 
 def test_the_held_table_covers_everything_that_a_peer_or_engine_can_do():

@@ -1,0 +1,78 @@
+"""Collect everything we touch of SGLang's internals, probed by feature.
+
+Run with SGLang 0.5.23. Older releases lack parts of the base classes; a newer one is used when every feature is there.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import re
+from collections.abc import Callable
+from typing import Any
+
+from mooncake_store.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+OLDEST = (0, 5, 23)
+MANAGER_FEATURES = ("check_status", "clear_deferred_abort_state", "is_abort_release_safe", "record_failure",
+                    "register_to_bootstrap", "try_ensure_parallel_info", "update_status",
+                    "_start_heartbeat_checker_thread")
+RECEIVER_FEATURES = ("ensure_abort_notified", "invalidate_cached_bootstrap_infos", "_register_kv_args",
+                     "_setup_bootstrap_infos")
+SENDER_FEATURES = ("pop_decode_prefix_len", "should_send_kv_chunk", "_prepare_send_indices")
+
+Classes = Callable[[], dict[str, type]]
+
+
+def require_supported_version(version: str) -> None:
+    """Raise ConfigError for a release older than the oldest that has every base class."""
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:3])
+    if numbers < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ConfigError(f"SGLang {version} is older than {oldest}", where="sglang",
+                          hint=f"install sglang {oldest} or newer; docs/compatibility.md lists what was run")
+
+
+def require_features() -> None:
+    """Raise ConfigError naming every method of SGLang's base classes that we need and that is not there."""
+    from sglang.srt.disaggregation.common import conn
+
+    wanted = {"CommonKVManager": MANAGER_FEATURES, "CommonKVReceiver": RECEIVER_FEATURES,
+              "CommonKVSender": SENDER_FEATURES}
+    missing = [f"{name}.{feature}" for name, features in wanted.items() for feature in features
+               if not hasattr(getattr(conn, name, None), feature)]
+    if missing:
+        raise ConfigError(f"this SGLang lacks {', '.join(missing)}", where="sglang disaggregation/common/conn.py",
+                          hint="use SGLang 0.5.23; docs/compatibility.md lists what was run")
+
+
+def add_transfer_backend(name: str, classes: Classes) -> None:
+    """Make SGLang know a transfer backend under a name of its own. Idempotent.
+
+    Choices have an official adder; the enumeration has none, so a member is added to its table of values, and
+    ``get_kv_class`` is wrapped by SGLang's own hook registry. Every other backend goes its usual way.
+
+    Raises:
+        ConfigError: a release that we do not support.
+    """
+    require_supported_version(importlib.metadata.version("sglang"))
+    from sglang.srt.arg_groups import choices
+    from sglang.srt.disaggregation import utils
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    if name in utils.TransferBackend._value2member_map_:
+        return
+
+    def get_kv_class(original: Callable[..., Any], backend: Any, role: Any) -> Any:
+        if getattr(backend, "value", None) != name or role.value == "kvargs":
+            return original(backend, role)
+        return classes()[role.value]
+
+    HookRegistry.register("sglang.srt.disaggregation.utils.get_kv_class", get_kv_class, HookType.AROUND)
+    member = object.__new__(utils.TransferBackend)
+    member._name_, member._value_ = name.upper(), name
+    utils.TransferBackend._value2member_map_[name] = member
+    if name not in choices.DISAGG_TRANSFER_BACKEND_CHOICES:
+        choices.add_disagg_transfer_backend_choices([name])
