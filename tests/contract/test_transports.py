@@ -39,7 +39,11 @@ class TestTcp(TransportTests):
 
 
 class TestTcpWithoutChecksum(TransportTests):
-    make = functools.partial(TcpTransport, num_streams=1, checksum=False)
+    make = functools.partial(TcpTransport, checksum=False)
+
+
+class TestTcpWithThreeStreams(TransportTests):
+    make = functools.partial(TcpTransport, num_streams=3)
 
 
 class TestTcpOverTls(TransportTests):

@@ -7,17 +7,21 @@ import threading
 
 from mooncake_store.errors import MooncakeError, TransferFailed
 from mooncake_store.transport.base import LocalMemory, RegionDescriptor, TcpOffer
-from mooncake_store.transport.tcp_reader import NUM_STREAMS, TcpAttachment
+from mooncake_store.transport.memory import host_identity
+from mooncake_store.transport.tcp_reader import TcpAttachment
 from mooncake_store.transport.tcp_server import ReadServer
 from mooncake_store.transport.tls import TlsContexts
 
+FAR_STREAMS = 2
+"""Connections to another machine, whose packets arrive on different cores. Within one machine a second connection makes
+the scheduler put both ends onto one core: 64 MiB take 5.2 memcpys instead of 3.8."""
 
 class TcpTransport:
     """Serves and reads memory over tcp. Implements ``base.Transport``.
 
     Args:
         host: address to bind and to announce.
-        num_streams: connections of one attachment.
+        num_streams: connections of one attachment; 0 = as many as the way to the peer wants.
         checksum: verify the checksums of what arrives.
         tls: encrypts, and lets in only members of the cell; None = plain. Both ends must agree.
 
@@ -26,7 +30,7 @@ class TcpTransport:
 
     medium = "tcp"
 
-    def __init__(self, host: str = "127.0.0.1", *, num_streams: int = NUM_STREAMS, checksum: bool = True,
+    def __init__(self, host: str = "127.0.0.1", *, num_streams: int = 0, checksum: bool = True,
                  tls: TlsContexts | None = None) -> None:
         self._host = host
         self._num_streams = num_streams
@@ -83,7 +87,9 @@ class TcpTransport:
             one, other = ("the owner", "this process") if offer.is_tls else ("this process", "the owner")
             raise TransferFailed(f"{one} uses TLS and {other} does not", where=f"tcp {offer.host}:{offer.port}",
                                  hint="set tls_cert, tls_key and tls_ca on every member of the cell, or on none")
-        attachment = TcpAttachment(region, offer, num_streams=self._num_streams, checksum=self._checksum,
+        is_near = region.host.boot_id == host_identity().boot_id
+        num_streams = self._num_streams or (1 if is_near else FAR_STREAMS)
+        attachment = TcpAttachment(region, offer, num_streams=num_streams, checksum=self._checksum,
                                    tls=self._tls.connecting if self._tls else None)
         try:
             attachment.greet(deadline_ns)

@@ -35,14 +35,11 @@ from mooncake_store.transport.cursor import RangeCursor
 from mooncake_store.transport.tcp_stream import SPACE, WOULD_BLOCK, hang_up, has_pending, receive_ranges, tune
 from mooncake_store.transport.tcp_wire import FRAME_READS_MAX, HEADER_BYTES, WANT_CHECKSUM, Request
 
-NUM_STREAMS = 2
 FRAME_BYTES = 4 << 20
 """Bytes asked for in one frame, give or take a read."""
 FRAMES_IN_FLIGHT_MAX = 2
 SECOND_STREAM_BYTES = 8 << 20
 """A smaller read uses one stream."""
-WAKE_BYTES = 128 << 10
-"""The kernel wakes us for this much at a time, or for the rest of a frame: fewer turns of Python per megabyte."""
 LONE_READ_BYTES = 64 << 10
 """A lone read up to this takes the short path."""
 CONNECT_TIMEOUT_S = 3.0
@@ -70,14 +67,6 @@ class _Stream:
         self.header = np.zeros(HEADER_BYTES, np.uint8)
         self.checksum = np.zeros(1, "<u8")
         self.has_header = False
-        self._wake_bytes = 1
-
-    def wake_for(self, num_bytes: int) -> None:
-        """Have poll report this connection once so many bytes are there. What TLS has decrypted does not count."""
-        num_bytes = 1 if isinstance(self.socket, ssl.SSLSocket) else min(num_bytes, WAKE_BYTES)
-        if num_bytes != self._wake_bytes:
-            self._wake_bytes = num_bytes
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, num_bytes)
 
     def is_stale(self) -> bool:
         """Tell whether an idle connection has something to read: the peer has closed it."""
@@ -187,7 +176,6 @@ class TcpAttachment:
         buffers = [stream.header.data, target, stream.checksum.data.cast("B")][:3 if self._flags else 2]
         total, received = sum(map(len, buffers)), 0
         stream.frames.append(frame)
-        stream.wake_for(HEADER_BYTES)
         while received < total:
             remaining_ms = (deadline_ns - time.monotonic_ns()) / 1e6
             if remaining_ms <= 0 or not stream.poller.poll(math.ceil(remaining_ms)):
@@ -297,7 +285,6 @@ class TcpAttachment:
             stream.send()
         if stream.cursor is None and stream.frames:
             stream.has_header = False
-            stream.wake_for(HEADER_BYTES)  # a refusal is no longer
             group = stream.frames[0].group
             if group.num_bytes:
                 stream.chunks = tcp_wire.chunks(run.pieces.lengths[group.start:group.stop], self._flags)
@@ -345,8 +332,6 @@ class TcpAttachment:
                     stream.frames.popleft()
                     stream.cursor = None
                     self._feed(stream, run)
-            elif stream.has_header:
-                stream.wake_for(cursor.total - cursor.position)
             if not has_pending(stream.socket):
                 return
 

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from mooncake_store.errors import ChecksumMismatch, PeerUnreachable, TransferFailed
+from mooncake_store.errors import ChecksumMismatch, PeerUnreachable, RemoteProtocolError, TransferFailed
 from mooncake_store.testing.transport import Owned, Target, scattered, soon
 from mooncake_store.transport import tcp_server, tcp_wire
 from mooncake_store.transport.base import RegionGone, TcpOffer
@@ -236,4 +236,176 @@ def test_a_withdrawal_in_the_middle_fails_the_read_and_never_touches_the_memory_
     with pytest.raises(RegionGone):
         server.attach(owned.descriptor, deadline_ns=soon())
     attachment.close()
+    server.close()
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """A server that waits for nobody longer than a third of a second."""
+    monkeypatch.setattr(tcp_server, "STEP_MAX_S", 0.3)
+    monkeypatch.setattr(tcp_server, "TURN_S", 0.05)
+    server = TcpTransport()
+    yield server, Owned(server, "private", 64 << 20)
+    server.close()
+
+
+def ask(region, num_reads=2, length=4 << 20):
+    """Return a request for reads that fill the sockets' buffers."""
+    reads = np.column_stack((np.arange(num_reads) * length, np.full(num_reads, length))).astype(np.uint64)
+    return tcp_wire.pack_request(tcp_wire.Request(0, 1, num_reads, region.region_id), reads)
+
+
+def dropped_after(sock, *, patience_s=10):
+    """Return the seconds until the server closed this connection; whatever it still had to say is taken first."""
+    started = time.monotonic()
+    sock.settimeout(patience_s)
+    try:
+        while sock.recv(1 << 20):
+            pass
+    except ConnectionResetError:
+        pass
+    return time.monotonic() - started
+
+
+def test_a_reader_that_takes_nothing_is_dropped_and_others_are_served(hasty):
+    server, owned = hasty
+    with socket.socket() as stalled:
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+        stalled.connect(("127.0.0.1", owned.descriptor.offers[0].port))
+        stalled.sendall(ask(owned.descriptor))
+        attachment = server.attach(owned.descriptor, deadline_ns=soon())
+        target = blocks()
+        target.check(attachment.read(target.batch, deadline_ns=soon()), owned.bytes)
+        attachment.close()
+        time.sleep(0.6)
+        received = 0
+        with pytest.raises((ConnectionResetError, EOFError)):
+            while data := stalled.recv(1 << 20):
+                received += len(data)
+            raise EOFError
+        assert received < 8 << 20
+
+
+def test_a_reader_that_takes_a_little_at_a_time_is_dropped_too(hasty):
+    _, owned = hasty
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+        slow.connect(("127.0.0.1", owned.descriptor.offers[0].port))
+        slow.sendall(ask(owned.descriptor))
+        started, received = time.monotonic(), 0
+        try:
+            while (data := slow.recv(4096)) and time.monotonic() - started < 10:
+                received += len(data)
+                time.sleep(0.005)
+        except ConnectionResetError:
+            pass
+        assert time.monotonic() - started < 9 and received < 8 << 20
+
+
+def test_a_request_that_never_ends_is_dropped(hasty):
+    _, owned = hasty
+    with socket.create_connection(("127.0.0.1", owned.descriptor.offers[0].port)) as client:
+        client.sendall(ask(owned.descriptor)[:30])
+        assert dropped_after(client) < 9
+
+
+def test_an_idle_connection_is_closed_and_its_reader_opens_another(monkeypatch):
+    monkeypatch.setattr(tcp_server, "IDLE_MAX_S", 0.2)
+    monkeypatch.setattr(tcp_server, "TURN_S", 0.05)
+    server = TcpTransport()
+    owned = Owned(server, "private")
+    attachment = server.attach(owned.descriptor, deadline_ns=soon())
+    for length in (100, 100_000):  # the short path and the long one
+        time.sleep(0.5)
+        target = Target(np.array([5]), np.array([length]))
+        target.check(result := attachment.read(target.batch, deadline_ns=soon()), owned.bytes)
+        assert result.error is None
+    attachment.close()
+    server.close()
+
+
+def test_requests_sent_without_reading_answers_do_not_pile_up():
+    server = TcpTransport()
+    owned = Owned(server, "private", 64 << 20)
+    with socket.create_connection(("127.0.0.1", owned.descriptor.offers[0].port)) as flood:
+        flood.setblocking(False)
+        sent, request = 0, ask(owned.descriptor)
+        stop = time.monotonic() + 10
+        while time.monotonic() < stop and sent < 64 << 20:
+            try:
+                sent += flood.send(request * 1000)
+            except BlockingIOError:
+                if sent > 1 << 20:
+                    break
+                time.sleep(0.01)
+        assert sent < 64 << 20, "the server took in requests while it could not answer"
+        attachment = server.attach(owned.descriptor, deadline_ns=soon())
+        target = blocks()
+        target.check(result := attachment.read(target.batch, deadline_ns=soon()), owned.bytes)
+        assert result.error is None
+        attachment.close()
+    server.close()
+
+
+@pytest.mark.parametrize("offset", [3, 25, 30])
+def test_a_lone_read_survives_a_cut_and_a_slow_wire(wire, offset):
+    proxy, attachment, owned = wire
+    target = Target(np.array([7]), np.array([50_000]))
+    assert attachment.read(target.batch, deadline_ns=soon()).error is None
+    proxy.cut_at = proxy.passed + offset
+    result = attachment.read(target.batch, deadline_ns=soon())
+    assert isinstance(result.error, PeerUnreachable)
+    target.check(result, owned.bytes)
+    target.check(result := attachment.read(target.batch, deadline_ns=soon()), owned.bytes)
+    assert result.error is None
+    proxy.stall_at = proxy.passed + offset
+    result = attachment.read(target.batch, deadline_ns=soon(0.3))
+    assert isinstance(result.error, TransferFailed) and "deadline" in result.error.message
+    proxy.stall_at = -1
+    target.check(result, owned.bytes)
+    target.check(result := attachment.read(target.batch, deadline_ns=soon()), owned.bytes)
+    assert result.error is None
+
+
+def test_a_flipped_byte_in_a_lone_read_is_noticed(wire):
+    proxy, attachment, owned = wire
+    target = Target(np.array([7]), np.array([50_000]))
+    proxy.flip_at = proxy.passed + 24 + 777
+    result = attachment.read(target.batch, deadline_ns=soon())
+    assert isinstance(result.error, ChecksumMismatch)
+    target.check(result, owned.bytes)
+    assert attachment.read(target.batch, deadline_ns=soon()).error is None
+
+
+@pytest.mark.parametrize("length", [100, 3_000_000])
+def test_an_answer_to_another_question_is_not_taken(length):
+    """An owner that numbers its answers wrongly, or says another length."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = TcpTransport()
+    region = Owned(server, "private").descriptor
+    wrong = iter([(1, 0), (0, 1)])
+
+    def answer():
+        for _ in range(2):
+            peer, _ = listener.accept()
+            with peer:
+                frame_id = tcp_wire.unpack_request(peer.recv(24)).frame_id
+                peer.sendall(tcp_wire.pack_response(tcp_wire.Response(tcp_wire.OK, frame_id, 0, 0)))
+                request = tcp_wire.unpack_request(peer.recv(24, socket.MSG_WAITALL))
+                later, longer = next(wrong)
+                peer.sendall(tcp_wire.pack_response(tcp_wire.Response(
+                    tcp_wire.OK, request.frame_id + later, request.num_reads, length + longer)) + bytes(length))
+                peer.recv(1)
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    offer = TcpOffer("127.0.0.1", listener.getsockname()[1])
+    for _ in range(2):
+        attachment = TcpTransport(checksum=False).attach(
+            msgspec.structs.replace(region, offers=(offer,)), deadline_ns=soon())
+        result = attachment.read(Target(np.array([0]), np.array([length])).batch, deadline_ns=soon())
+        assert isinstance(result.error, RemoteProtocolError) and not result.ok.any()
+        attachment.close()
+    thread.join(5)
+    listener.close()
     server.close()
