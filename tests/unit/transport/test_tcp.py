@@ -147,7 +147,8 @@ def test_close_from_another_thread_ends_a_read(wire):
     proxy.stall_at = proxy.passed
     threading.Timer(0.1, attachment.close).start()
     started = time.monotonic()
-    assert not attachment.read(blocks().batch, deadline_ns=soon()).ok.any()
+    target = blocks()
+    assert not attachment.read(target.batch, deadline_ns=soon()).ok.any()
     assert time.monotonic() - started < 5
 
 
@@ -164,7 +165,8 @@ def test_strangers_are_dropped_and_readers_served(wire):
             stranger.sendall(garbage)
             assert stranger.recv(100) == b""
     reader = server.attach(region, deadline_ns=soon())
-    assert reader.read(Target(np.array([0]), np.array([8])).batch, deadline_ns=soon()).error is None
+    target = Target(np.array([0]), np.array([8]))
+    assert reader.read(target.batch, deadline_ns=soon()).error is None
     reader.close()
     server.close()
 
@@ -403,7 +405,8 @@ def test_an_answer_to_another_question_is_not_taken(length):
     for _ in range(2):
         attachment = TcpTransport(checksum=False).attach(
             msgspec.structs.replace(region, offers=(offer,)), deadline_ns=soon())
-        result = attachment.read(Target(np.array([0]), np.array([length])).batch, deadline_ns=soon())
+        target = Target(np.array([0]), np.array([length]))  # kept: its memory is written to
+        result = attachment.read(target.batch, deadline_ns=soon())
         assert isinstance(result.error, RemoteProtocolError) and not result.ok.any()
         attachment.close()
     thread.join(5)
