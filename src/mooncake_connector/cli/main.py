@@ -43,6 +43,7 @@ VERBS = (
     Verb("etcd", "Run a deployment", "run an etcd for development", is_server=True),
     Verb("store", "Run a deployment", "run a capacity node: memory for the pool without an engine", is_server=True),
     Verb("router", "Run a deployment", "run the gateway in front of prefill and decode engines", is_server=True),
+    Verb("simulate", "Look at it", "replay a trace of requests through the router's decisions"),
     Verb("status", "Look at it", "show the members of a cell and what each holds"),
     Verb("bench", "Look at it", "measure how fast this machine moves blocks"),
     Verb("doctor", "Look at it", "check this machine and say what to change"),

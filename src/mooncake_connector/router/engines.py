@@ -25,6 +25,9 @@ REPORT_FRESH_NS = 2_000_000_000
 class EngineState(enum.Enum):
     """Whether an engine can be used."""
 
+    # Members are unique: their identity will do, and an enum's own hash costs more than all the rest of a lookup.
+    __hash__ = object.__hash__
+
     UNKNOWN = "unknown"
     INTRODUCED = "introduced"
     UP = "up"
@@ -95,6 +98,7 @@ class Engine(msgspec.Struct):
         num_open: legs that we placed and that are not finished.
         num_placed: legs ever placed; breaks ties between idle engines.
         reported_tokens, reported_at_ns: what the engine itself reported last, and when (monotonic).
+        capacity_tokens: KV memory for running requests; 0 when unknown.
     """
 
     url: str
@@ -107,6 +111,7 @@ class Engine(msgspec.Struct):
     num_placed: int = 0
     reported_tokens: int = 0
     reported_at_ns: int = 0
+    capacity_tokens: int = 0
 
     def outstanding_tokens(self, now_ns: int) -> int:
         """Return its unfinished work: ours, or its own fresh report when that is more (others use it too)."""

@@ -1,23 +1,37 @@
 """Place requests and keep account of the work that is out.
 
-Pure: no sockets, threads or clocks. Not thread-safe; one owner. Used by the gateway in-process and by the placement
-service for gateways elsewhere: both see the same load.
+Pure: no sockets, threads or clocks. Not thread-safe; one owner. Used by the gateway in-process, by the placement
+service for gateways elsewhere, and by the simulator: all see the same load and ask the same policy.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import msgspec
 
 from mooncake_connector.router.engines import PREFERENCE, Engine, EngineTable, Introduction
+from mooncake_connector.router.load import DecodeLoad, PrefillLoad
 from mooncake_connector.router.messages import DecodeParams, Leg, Place, Placed, PrefillParams, Refused
-from mooncake_connector.router.policy import Candidate, choose_one, choose_pair, choose_prefill
+from mooncake_connector.router.policy import (
+    Candidate,
+    Choice,
+    Demand,
+    Policy,
+    Start,
+    choose_one,
+    choose_pair,
+    choose_prefill,
+    make_policy,
+)
+from mooncake_connector.router.predictor import Predictor
 from mooncake_connector.router.prefix_index import PrefixIndex
 from mooncake_store.errors import LocalProtocolError
 
 OPEN_PLACEMENTS_MAX = 65_536
 OUTPUT_TOKENS_UNKNOWN = 256
+LIVE_POLICY = "least_work"
 
 
 class OpenPlacement(msgspec.Struct):
@@ -31,20 +45,51 @@ class OpenPlacement(msgspec.Struct):
     deadline_ns: int
 
 
+class Work(msgspec.Struct):
+    """What one engine was given, in seconds and in memory."""
+
+    prefill: PrefillLoad
+    decode: DecodeLoad
+
+
 class Placer:
     """Chooses engines, hands out transfer ids' params, and counts outstanding work per engine.
 
     Args:
         table: the engines.
-        index: what each engine was sent before.
+        index: what each engine holds.
         ttl_ns: a placement nobody finishes stops counting after this; longer than any request may run.
+        predictor: how long things take.
+        policy: how to choose; least outstanding work when left out.
+        chunk_tokens: prompt tokens per hash; 0 when a chunk is a part of the text, so that only its share is known.
+        can_fetch: whether engines get prefixes from each other.
+        is_index_told: whether somebody else tells the index what engines hold; otherwise an engine is believed to hold
+            what it was sent.
     """
 
-    def __init__(self, table: EngineTable, index: PrefixIndex, *, ttl_ns: int) -> None:
+    def __init__(
+        self,
+        table: EngineTable,
+        index: PrefixIndex,
+        *,
+        ttl_ns: int,
+        predictor: Predictor | None = None,
+        policy: Policy | None = None,
+        chunk_tokens: int = 0,
+        can_fetch: bool = False,
+        is_index_told: bool = False,
+    ) -> None:
         self.table = table
+        self.predictor = predictor or Predictor()
+        self.policy = policy or make_policy(LIVE_POLICY, self.predictor)
         self._index = index
         self._ttl_ns = ttl_ns
+        self._chunk_tokens = chunk_tokens
+        self._can_fetch = can_fetch
+        self._is_index_told = is_index_told
         self._open: dict[str, OpenPlacement] = {}
+        self._work: dict[str, Work] = {}
+        self._now_ns = 0
 
     @property
     def num_open(self) -> int:
@@ -62,18 +107,53 @@ class Placer:
             now_ns: monotonic time.
             colocated_reason: when not empty, use one engine for both legs and give this as the reason.
         """
-        if len(self._open) >= OPEN_PLACEMENTS_MAX or transfer_id in self._open:
-            return Refused(place.request_id, "full", f"{len(self._open)} requests are placed and not finished")
+        choice = self.propose(place, now_ns=now_ns, colocated_reason=colocated_reason)
+        return choice if isinstance(choice, Refused) else self.commit(place, transfer_id, choice, now_ns=now_ns)
+
+    def propose(
+        self,
+        place: Place,
+        *,
+        now_ns: int,
+        colocated_reason: str = "",
+        backlog_s: float = 0.0,
+        open_below_s: float = math.inf,
+    ) -> Choice | Refused:
+        """Choose engines for a request, and change nothing.
+
+        Args:
+            place: the request.
+            now_ns: monotonic time.
+            colocated_reason: when not empty, use one engine for both legs and give this as the reason.
+            backlog_s: seconds of work that wait for an engine, per engine.
+            open_below_s: engines with more work than this are not given the request now.
+        """
         usable = [each for each in self.table if each.is_usable and each.url not in place.excluded]
         serving = [each for each in usable if each.serves(place.model)]
         if not serving:
             return _refusal(place, self.table, usable)
-        candidates = [self._candidate(each, place, now_ns) for each in serving]
-        choice = choose_one(candidates, reason=colocated_reason) if colocated_reason else choose_pair(candidates)
+        candidates = self._candidates(serving, place, now_ns)
+        demand = self._demand(place, now_ns, backlog_s, open_below_s)
+        if colocated_reason:
+            choice = choose_one(candidates, self.policy, demand, reason=colocated_reason)
+        else:
+            choice = choose_pair(candidates, self.policy, demand)
         if choice is None:
             raise LocalProtocolError("the policy found no engine among some")
-        prefill_url = choice.prefill.url if choice.prefill else ""
-        opened = self._count(place, transfer_id, prefill_url, choice.decode.url, now_ns=now_ns)
+        return choice
+
+    def commit(self, place: Place, transfer_id: str, choice: Choice, *, now_ns: int) -> Placed | Refused:
+        """Count a request's work on the engines proposed for it.
+
+        Args:
+            place: the request.
+            transfer_id: fresh and unique; names the hand-over.
+            choice: what :meth:`propose` returned, with nothing placed or finished in between.
+            now_ns: monotonic time.
+        """
+        if len(self._open) >= OPEN_PLACEMENTS_MAX or transfer_id in self._open:
+            return Refused(place.request_id, "full", f"{len(self._open)} requests are placed and not finished")
+        opened = self._count(place, transfer_id, choice, now_ns=now_ns)
         return self._placed(opened, transfer_id, choice.reason)
 
     def place_prefill_again(self, transfer_id: str, *, excluded: str, now_ns: int) -> Placed | None:
@@ -85,19 +165,19 @@ class Placer:
         if opened is None:
             return None
         banned = (*opened.place.excluded, excluded, opened.decode_url)
-        best = choose_prefill(
-            [
-                self._candidate(each, opened.place, now_ns)
-                for each in self.table
-                if each.is_usable and each.url not in banned and each.serves(opened.place.model)
-            ]
+        serving = [
+            each
+            for each in self.table
+            if each.is_usable and each.url not in banned and each.serves(opened.place.model)
+        ]
+        start = choose_prefill(
+            self._candidates(serving, opened.place, now_ns), self.policy, self._demand(opened.place, now_ns)
         )
-        if best is None:
+        if start is None:
             return None
-        self._release(opened, "prefill")
-        opened.prefill_url = best.url
-        self._charge(best.url, num_prefill=opened.num_prefill_tokens)
-        self._index.insert(best.url, opened.place.prefix_hashes)
+        self._release(transfer_id, opened, "prefill", now_ns)
+        opened.prefill_url = start.engine.url
+        self._count_prefill(transfer_id, opened, start, now_ns)
         return self._placed(opened, transfer_id, "")
 
     def colocate(self, transfer_id: str, reason: str) -> Placed | None:
@@ -105,15 +185,18 @@ class Placer:
         opened = self._open.get(transfer_id)
         if opened is None:
             return None
-        self._release(opened, "prefill")
+        self._release(transfer_id, opened, "prefill", self._now_ns)
         return self._placed(opened, transfer_id, reason)
 
-    def finish(self, transfer_id: str, leg: Leg = "both") -> bool:
-        """Stop counting a leg's work, or both legs'; False when it is not open. Idempotent."""
+    def finish(self, transfer_id: str, leg: Leg = "both", *, now_ns: int = 0) -> bool:
+        """Stop counting a leg's work, or both legs'; False when it is not open. Idempotent.
+
+        Without ``now_ns`` it counts as finished when the placer was last told the time.
+        """
         opened = self._open.get(transfer_id)
         if opened is None:
             return False
-        self._release(opened, leg)
+        self._release(transfer_id, opened, leg, max(now_ns, self._now_ns))
         if not opened.prefill_url and not opened.decode_url:
             del self._open[transfer_id]
         return True
@@ -135,37 +218,106 @@ class Placer:
     def remove(self, url: str) -> bool:
         """Forget an engine; requests already placed on it stay open until they finish."""
         self._index.forget(url)
+        self._work.pop(url, None)
+        self.predictor.forget(url)
         return self.table.remove(url)
 
-    def _candidate(self, engine: Engine, place: Place, now_ns: int) -> Candidate:
-        return Candidate(
-            url=engine.url,
-            role=engine.role,
-            preference=PREFERENCE[engine.state],
-            outstanding_tokens=engine.outstanding_tokens(now_ns),
-            num_prefix_chunks=self._index.match(engine.url, place.prefix_hashes),
-            num_placed=engine.num_placed,
-            has_connector=engine.has_connector,
-        )
+    @property
+    def num_decoding(self) -> int:
+        """Return how many engines may decode."""
+        return sum(each.role != "prefill" and each.is_usable for each in self.table)
 
-    def _count(
-        self, place: Place, transfer_id: str, prefill_url: str, decode_url: str, *, now_ns: int
-    ) -> OpenPlacement:
+    @property
+    def decode_tokens(self) -> int:
+        """Return the KV memory of all engines that may decode; 0 when that of one is unknown."""
+        sizes = [each.capacity_tokens for each in self.table if each.role != "prefill" and each.is_usable]
+        return sum(sizes) if all(sizes) else 0
+
+    def backlog_s(self, *, now_ns: int) -> list[float]:
+        """Return for each engine that may prefill the predicted seconds until it could begin another request."""
+        now_s = now_ns / 1e9
+        return [
+            work.prefill.queue_s(now_s) if (work := self._work.get(each.url)) is not None else 0.0
+            for each in self.table
+            if each.role != "decode" and each.is_usable
+        ]
+
+    def _demand(
+        self, place: Place, now_ns: int, backlog_s: float = 0.0, open_below_s: float = math.inf
+    ) -> Demand:
+        num_output = self.predictor.output_tokens(place.num_output_tokens)
+        return Demand(place.num_prompt_tokens, num_output, backlog_s, self._can_fetch, now_ns / 1e9, open_below_s)
+
+    def _candidates(self, engines: Iterable[Engine], place: Place, now_ns: int) -> list[Candidate]:
+        chain = place.prefix_hashes
+        matches = self._index.match_all(chain)
+        chunk_tokens = self._chunk_tokens or (place.num_prompt_tokens / len(chain) if chain else 0.0)
+        now_s = now_ns / 1e9
+        candidates = []
+        for engine in engines:
+            work = self._work_of(engine.url)
+            num_chunks = matches.get(engine.url, 0)
+            candidates.append(
+                Candidate(
+                    url=engine.url,
+                    role=engine.role,
+                    preference=PREFERENCE[engine.state],
+                    outstanding_tokens=engine.outstanding_tokens(now_ns),
+                    num_prefix_chunks=num_chunks,
+                    num_placed=engine.num_placed,
+                    has_connector=engine.has_connector,
+                    num_open=engine.num_open,
+                    prefix_tokens=min(int(num_chunks * chunk_tokens), place.num_prompt_tokens),
+                    queue_s=work.prefill.queue_s(now_s),
+                    context_tokens=work.decode.num_tokens,
+                    capacity_tokens=engine.capacity_tokens,
+                )
+            )
+        return candidates
+
+    def _work_of(self, url: str) -> Work:
+        work = self._work.get(url)
+        if work is None:
+            work = self._work[url] = Work(PrefillLoad(), DecodeLoad())
+        return work
+
+    def _count(self, place: Place, transfer_id: str, choice: Choice, *, now_ns: int) -> OpenPlacement:
         num_output = place.num_output_tokens or OUTPUT_TOKENS_UNKNOWN
         opened = self._open[transfer_id] = OpenPlacement(
             place=place,
-            prefill_url=prefill_url,
-            decode_url=decode_url,
+            prefill_url=choice.prefill.url if choice.prefill else "",
+            decode_url=choice.decode.url,
             num_prefill_tokens=place.num_prompt_tokens,
             num_decode_tokens=place.num_prompt_tokens + num_output,
             deadline_ns=now_ns + self._ttl_ns,
         )
-        if prefill_url:
-            self._charge(prefill_url, num_prefill=opened.num_prefill_tokens)
-            self._index.insert(prefill_url, place.prefix_hashes)
-        self._charge(decode_url, num_decode=opened.num_decode_tokens)
-        self._index.insert(decode_url, place.prefix_hashes)
+        if choice.start is not None:
+            self._count_prefill(transfer_id, opened, choice.start, now_ns)
+        self._charge(opened.decode_url, num_decode=opened.num_decode_tokens)
+        num_reserved = place.num_prompt_tokens + self.predictor.output_tokens(place.num_output_tokens)
+        self._work_of(opened.decode_url).decode.add(transfer_id, num_reserved)
+        self._remember(opened.decode_url, place)
         return opened
+
+    def _count_prefill(self, transfer_id: str, opened: OpenPlacement, start: Start, now_ns: int) -> None:
+        """Count the prefill, and both transfers that it causes."""
+        url, now_s = start.engine.url, now_ns / 1e9
+        predictor = self.predictor
+        self._now_ns = max(self._now_ns, now_ns)
+        self._charge(url, num_prefill=opened.num_prefill_tokens)
+        # Until a fetched prefix is there the engine waits, with its turn.
+        predicted_s = start.ttft_s - start.engine.queue_s
+        self._work_of(url).prefill.add(transfer_id, predicted_s, now_s=now_s)
+        if start.source_url:
+            num_fetched = start.prefix_tokens - start.engine.prefix_tokens
+            predictor.links.book(start.source_url, url, num_fetched * predictor.kv_token_bytes, now_s=now_s)
+        size_bytes = opened.num_prefill_tokens * predictor.kv_token_bytes
+        predictor.links.book(url, opened.decode_url, size_bytes, now_s=now_s)
+        self._remember(url, opened.place)
+
+    def _remember(self, url: str, place: Place) -> None:
+        if not self._is_index_told:
+            self._index.insert(url, place.prefix_hashes)
 
     def _charge(self, url: str, *, num_prefill: int = 0, num_decode: int = 0) -> None:
         engine = self.table.get(url)
@@ -175,11 +327,16 @@ class Placer:
             engine.num_open += 1
             engine.num_placed += 1
 
-    def _release(self, opened: OpenPlacement, leg: Leg) -> None:
+    def _release(self, transfer_id: str, opened: OpenPlacement, leg: Leg, now_ns: int) -> None:
+        self._now_ns = max(self._now_ns, now_ns)
         if leg != "decode" and opened.prefill_url:
+            if (work := self._work.get(opened.prefill_url)) is not None:
+                work.prefill.finish(transfer_id, now_s=now_ns / 1e9)
             self._discharge(opened.prefill_url, num_prefill=opened.num_prefill_tokens)
             opened.prefill_url = ""
         if leg != "prefill" and opened.decode_url:
+            if (work := self._work.get(opened.decode_url)) is not None:
+                work.decode.finish(transfer_id)
             self._discharge(opened.decode_url, num_decode=opened.num_decode_tokens)
             opened.decode_url = ""
 

@@ -1,19 +1,26 @@
-"""Choose engines for one request.
+"""Choose engines for one request: a prefill engine, a decode engine, and where the cached prefix comes from.
 
-Pure: no sockets, threads or clocks; the same candidates give the same choice.
+Pure: no sockets, threads or clocks; the same candidates give the same choice. A policy that takes turns or draws lots
+keeps its own state. The gateway, the placement service and the simulator use the same objects.
 
-For now: least outstanding work, longest known prefix as tie-break, then the engine that was used least.
+Two questions are kept apart. *May* an engine be used at all (role, health, connector)? ``choose_pair`` answers that the
+same way for every policy. *Which* of those that may? That is the policy's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from mooncake_connector.router.messages import Role
+from mooncake_connector.router.predictor import Predictor
 
 PREFERENCE_LAST_RESORT = 2
 """A candidate with this preference or a higher one is used only when no other is left."""
+SOURCES_MAX = 3
+SHORTLIST = 4
+WORD = 1 << 64
 
 
 class Candidate(NamedTuple):
@@ -25,15 +32,25 @@ class Candidate(NamedTuple):
         num_prefix_chunks: leading chunks of this prompt that it is believed to hold.
         num_placed: legs ever placed on it.
         has_connector: whether it can take part in a hand-over.
+        num_open: requests that it has not finished.
+        prefix_tokens: leading tokens of this prompt that it is believed to hold.
+        queue_s: predicted seconds until it could begin another prefill.
+        context_tokens: KV memory that running and expected requests need for decoding.
+        capacity_tokens: KV memory that there is; 0 when unknown.
     """
 
     url: str
     role: Role
-    preference: int
-    outstanding_tokens: int
-    num_prefix_chunks: int
-    num_placed: int
-    has_connector: bool
+    preference: int = 0
+    outstanding_tokens: int = 0
+    num_prefix_chunks: int = 0
+    num_placed: int = 0
+    has_connector: bool = True
+    num_open: int = 0
+    prefix_tokens: int = 0
+    queue_s: float = 0.0
+    context_tokens: int = 0
+    capacity_tokens: int = 0
 
     @property
     def is_healthy(self) -> bool:
@@ -41,57 +58,339 @@ class Candidate(NamedTuple):
         return self.preference < PREFERENCE_LAST_RESORT
 
 
+class Demand(NamedTuple):
+    """What one request asks for, and what a policy may weigh.
+
+    Attributes:
+        num_output_tokens: expected.
+        backlog_s: seconds of work that wait for an engine, per engine; the price of extra work rises with it.
+        can_fetch: whether an engine can get a prefix from another one.
+        now_s: for what links still have to carry.
+        open_below_s: an engine with more work than this is not given the request now, but it may be worth to wait for.
+    """
+
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    backlog_s: float = 0.0
+    can_fetch: bool = False
+    now_s: float = 0.0
+    open_below_s: float = math.inf
+
+
+NO_DEMAND = Demand()
+
+
+class Start(NamedTuple):
+    """A prefill on one engine as predicted.
+
+    Attributes:
+        prefix_tokens: leading tokens that need not be computed, those to be fetched included.
+        source_url: where they are fetched from; empty when the engine's own are used.
+        ready_s: seconds until it can begin: its turn and the fetched prefix are both there.
+        prefill_s: seconds of computation from then on.
+    """
+
+    engine: Candidate
+    prefix_tokens: int
+    source_url: str
+    ready_s: float
+    prefill_s: float
+
+    @property
+    def ttft_s(self) -> float:
+        """Return the predicted seconds until the prompt is computed."""
+        return self.ready_s + self.prefill_s
+
+
 class Choice(NamedTuple):
     """A pair of engines; ``prefill`` is None when the request runs whole on ``decode``, and ``reason`` says why."""
 
     prefill: Candidate | None
     decode: Candidate
-    reason: str
+    reason: str = ""
+    start: Start | None = None
 
 
-def choose_prefill(candidates: Sequence[Candidate]) -> Candidate | None:
-    """Return the engine to prefill on, or None.
+class Policy(Protocol):
+    """What tells one policy from another; both choose among engines that may be used, at least one.
+
+    A directing policy says where the prefix is fetched from; otherwise the engine decides when it begins.
+    """
+
+    name: str
+    is_directing: bool
+
+    def start(self, demand: Demand, candidates: Sequence[Candidate]) -> Start:
+        """Choose where to prefill, and with which prefix."""
+
+    def decode(self, demand: Demand, candidates: Sequence[Candidate], start: Start | None) -> Candidate:
+        """Choose where to decode; ``start`` is None when the engine is to prefill too."""
+
+
+# ---- which engines may be used
+
+
+def choose_prefill(
+    candidates: Sequence[Candidate], policy: Policy | None = None, demand: Demand = NO_DEMAND
+) -> Start | None:
+    """Return where to prefill, or None.
 
     An engine that is merely a last resort is not worth a hand-over: the decode engine computes the prompt instead.
     """
-    return _least_work(
-        [each for each in candidates if each.role != "decode" and each.has_connector and each.is_healthy]
-    )
+    usable = _best([each for each in candidates if each.role != "decode" and each.has_connector])
+    return (policy or DEFAULT_POLICY).start(demand, usable) if usable and usable[0].is_healthy else None
 
 
-def choose_pair(candidates: Sequence[Candidate]) -> Choice | None:
+def choose_pair(
+    candidates: Sequence[Candidate], policy: Policy | None = None, demand: Demand = NO_DEMAND
+) -> Choice | None:
     """Return a pair, or one engine for both legs when no pair can be made, or None without candidates.
 
     An engine is never paired with itself.
     """
-    prefill = choose_prefill(candidates)
-    if prefill is None:
-        return choose_one(candidates, reason="no_prefill")
-    decode = _least_work([each for each in candidates if each.role != "prefill" and each.url != prefill.url])
-    if decode is None or not decode.is_healthy:
-        return choose_one(candidates, reason="no_decode")
+    policy = policy or DEFAULT_POLICY
+    start = choose_prefill(candidates, policy, demand)
+    if start is None:
+        return choose_one(candidates, policy, demand, reason="no_prefill")
+    others = _best([each for each in candidates if each.role != "prefill" and each.url != start.engine.url])
+    if not others or not others[0].is_healthy:
+        return choose_one(candidates, policy, demand, reason="no_decode")
+    decode = policy.decode(demand, others, start)
     if not decode.has_connector:
         return Choice(None, decode, "no_connector")
-    return Choice(prefill, decode, "")
+    return Choice(start.engine, decode, "", start)
 
 
-def choose_one(candidates: Sequence[Candidate], *, reason: str) -> Choice | None:
+def choose_one(
+    candidates: Sequence[Candidate], policy: Policy | None = None, demand: Demand = NO_DEMAND, *, reason: str
+) -> Choice | None:
     """Return one engine for both legs: a decode engine, or any healthier one when no decode engine is healthy."""
-    decode = _least_work([each for each in candidates if each.role != "prefill"])
-    if decode is None or not decode.is_healthy:
-        decode = _least_work(candidates)
-    return None if decode is None else Choice(None, decode, reason)
+    best = _best([each for each in candidates if each.role != "prefill"])
+    if not best or not best[0].is_healthy:
+        best = _best(candidates)
+    return Choice(None, (policy or DEFAULT_POLICY).decode(demand, best, None), reason) if best else None
 
 
-def _least_work(candidates: Sequence[Candidate]) -> Candidate | None:
-    return min(candidates, key=_rank, default=None)
+def _best(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Return those with the best preference."""
+    best = min((each.preference for each in candidates), default=0)
+    return [each for each in candidates if each.preference == best]
 
 
-def _rank(candidate: Candidate) -> tuple[int, int, int, int, str]:
-    return (
-        candidate.preference,
-        candidate.outstanding_tokens,
-        -candidate.num_prefix_chunks,
-        candidate.num_placed,
-        candidate.url,
-    )
+# ---- policies
+
+
+class LeastWork:
+    """Least outstanding tokens, longest known prefix as tie-break, then the engine that was used least."""
+
+    name = "least_work"
+    is_directing = False
+
+    def __init__(self, predictor: Predictor) -> None:
+        self._predictor = predictor
+
+    def start(self, demand: Demand, candidates: Sequence[Candidate]) -> Start:
+        """Choose where to prefill; the engine gets the longest prefix there is."""
+        return left_to_engine(self._predictor, demand, candidates, min(candidates, key=self._rank))
+
+    def decode(self, demand: Demand, candidates: Sequence[Candidate], start: Start | None) -> Candidate:
+        """Choose where to decode, by the same order."""
+        return min(candidates, key=self._rank)
+
+    def _rank(self, each: Candidate) -> tuple[int, int, int, str]:
+        return (each.outstanding_tokens, -each.num_prefix_chunks, each.num_placed, each.url)
+
+
+class LeastLoaded(LeastWork):
+    """Fewest open requests."""
+
+    name = "least_loaded"
+
+    def _rank(self, each: Candidate) -> tuple[int, int, int, str]:
+        return (each.num_open, 0, each.num_placed, each.url)
+
+
+class Prefix(LeastWork):
+    """Longest prefix in the engine's own cache, then least outstanding work."""
+
+    name = "prefix"
+
+    def start(self, demand: Demand, candidates: Sequence[Candidate]) -> Start:
+        """Choose where to prefill."""
+        best = min(candidates, key=lambda each: (-each.prefix_tokens, self._rank(each)))
+        return left_to_engine(self._predictor, demand, candidates, best)
+
+
+class RoundRobin(LeastLoaded):
+    """Prefill engines in turn."""
+
+    name = "round_robin"
+
+    def __init__(self, predictor: Predictor) -> None:
+        super().__init__(predictor)
+        self._turn = 0
+
+    def start(self, demand: Demand, candidates: Sequence[Candidate]) -> Start:
+        """Choose the next one in order of urls."""
+        self._turn += 1
+        ordered = sorted(candidates, key=lambda each: each.url)
+        return left_to_engine(self._predictor, demand, candidates, ordered[self._turn % len(ordered)])
+
+
+class Random(LeastLoaded):
+    """Any prefill engine, by a reproducible draw."""
+
+    name = "random"
+
+    def __init__(self, predictor: Predictor, *, seed: int = 0) -> None:
+        super().__init__(predictor)
+        self._state = seed
+
+    def start(self, demand: Demand, candidates: Sequence[Candidate]) -> Start:
+        """Draw one."""
+        # SplitMix64: a pure module has no random module.
+        self._state = (self._state + 0x9E3779B97F4A7C15) % WORD
+        mixed = (self._state ^ (self._state >> 30)) * 0xBF58476D1CE4E5B9 % WORD
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % WORD
+        mixed ^= mixed >> 31
+        drawn = candidates[mixed * len(candidates) // WORD]
+        return left_to_engine(self._predictor, demand, candidates, drawn)
+
+
+class MooncakePaper(LeastLoaded):
+    """Algorithm 1 of the Mooncake paper (FAST'25): least sum of transfer, queue and prefill time.
+
+    A prefix elsewhere that is ``threshold`` times longer than the engine's own is fetched, at a constant bandwidth.
+    """
+
+    name = "mooncake_paper"
+    is_directing = True
+
+    def __init__(self, predictor: Predictor, *, threshold: float = 1.5) -> None:
+        super().__init__(predictor)
+        self._threshold = threshold
+
+    def start(self, demand: Demand, candidates: Sequence[Candidate]) -> Start:
+        """Choose the least sum."""
+        holder = max(candidates, key=lambda each: each.prefix_tokens)
+        starts = [self._with(demand, each, holder) for each in candidates]
+        return min(starts, key=lambda each: (each.ttft_s, each.engine.num_placed))
+
+    def _with(self, demand: Demand, engine: Candidate, holder: Candidate) -> Start:
+        predictor = self._predictor
+        own, best = engine.prefix_tokens, holder.prefix_tokens
+        if demand.can_fetch and best > self._threshold * own:
+            transfer_s = (best - own) * predictor.kv_token_bytes / predictor.links.bytes_per_s
+            prefill_s = predictor.prefill_s(demand.num_prompt_tokens, best, engine.url)
+            return Start(engine, best, holder.url, transfer_s + engine.queue_s, prefill_s)
+        prefill_s = predictor.prefill_s(demand.num_prompt_tokens, own, engine.url)
+        return Start(engine, own, "", engine.queue_s, prefill_s)
+
+
+class Joint:
+    """Least predicted time to the first token over pairs of engines, with extra work priced by the backlog.
+
+    For each prefill engine the prefix is the best of its own and what up to ``SOURCES_MAX`` others could send, counted
+    with all that the links still have to carry. The pair is chosen among the best few of either side, by when the
+    whole KV is on the decode engine. One second of computation more costs ``price`` seconds of waiting: a busy cluster
+    must not spend work for the sake of one request.
+    """
+
+    name = "joint"
+    is_directing = True
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        *,
+        price: float = 0.3,
+        price_backlog_s: float = 10.0,
+        price_max: float = 2.0,
+        patience_s: float = 0.5,
+    ) -> None:
+        self._predictor = predictor
+        self._price = price
+        self._price_backlog_s = price_backlog_s
+        self._price_max = price_max
+        self._patience_s = patience_s
+
+    def start(self, demand: Demand, candidates: Sequence[Candidate]) -> Start:
+        """Choose the least cost; among those that are open if the least is no more than ``patience_s`` cheaper."""
+        ranked = self._starts(demand, candidates)
+        cheapest = ranked[0]
+        for cost, _, _, start in ranked:
+            if cost > cheapest[0] + self._patience_s:
+                break
+            if start.engine.queue_s < demand.open_below_s:
+                return start
+        return cheapest[3]
+
+    def _starts(self, demand: Demand, candidates: Sequence[Candidate]) -> list[tuple[float, int, str, Start]]:
+        """Return the best start for each candidate with its cost, cheapest first."""
+        holders = sorted((each for each in candidates if each.prefix_tokens), key=lambda each: -each.prefix_tokens)
+        holders = holders[:SOURCES_MAX] if demand.can_fetch else []
+        price = min(self._price + demand.backlog_s / self._price_backlog_s, self._price_max)
+        ranked = []
+        for engine in candidates:
+            start = self._start_on(demand, engine, holders, price)
+            ranked.append((start.ttft_s + price * start.prefill_s, engine.num_placed, engine.url, start))
+        ranked.sort(key=lambda each: each[:3])
+        return ranked
+
+    def decode(self, demand: Demand, candidates: Sequence[Candidate], start: Start | None) -> Candidate:
+        """Choose where the KV has arrived first; then where a token takes least; never one without memory for it."""
+        return min(candidates, key=lambda each: self._decode_cost(demand, each, start))
+
+    def _start_on(self, demand: Demand, engine: Candidate, holders: Sequence[Candidate], price: float) -> Start:
+        """Return the cheapest way to prefill on one engine: with its own prefix, or with a holder's."""
+        predictor, size, url = self._predictor, demand.num_prompt_tokens, engine.url
+        own = engine.prefix_tokens
+        start = Start(engine, own, "", engine.queue_s, predictor.prefill_s(size, own, url))
+        for holder in holders:
+            best = holder.prefix_tokens
+            if best > own and holder.url != url:
+                fetch_s = predictor.transfer_s(holder.url, url, best - own, now_s=demand.now_s)
+                ready_s, prefill_s = max(engine.queue_s, fetch_s), predictor.prefill_s(size, best, url)
+                if ready_s + prefill_s * (1 + price) < start.ready_s + start.prefill_s * (1 + price):
+                    start = Start(engine, best, holder.url, ready_s, prefill_s)
+        return start
+
+    def _decode_cost(self, demand: Demand, each: Candidate, start: Start | None) -> tuple[object, ...]:
+        predictor = self._predictor
+        needed = each.context_tokens + demand.num_prompt_tokens + demand.num_output_tokens
+        is_full = bool(each.capacity_tokens) and needed > each.capacity_tokens
+        exposed_s = 0.0
+        if start is not None:
+            size = demand.num_prompt_tokens
+            arrives_s = predictor.transfer_s(start.engine.url, each.url, size, now_s=demand.now_s)
+            # It is sent while it is computed, so only what outlasts the computation is waited for.
+            exposed_s = max(arrives_s - start.ttft_s, 0.0)
+        step_s = predictor.step_s(each.num_open + 1, needed)
+        return (is_full, exposed_s + step_s, each.num_placed, each.url)
+
+
+def left_to_engine(predictor: Predictor, demand: Demand, candidates: Sequence[Candidate], engine: Candidate) -> Start:
+    """Return a prefill on ``engine``, which gets the longest prefix there is by itself, as engines with a pool do."""
+    longest = max(each.prefix_tokens for each in candidates) if demand.can_fetch else engine.prefix_tokens
+    prefill_s = predictor.prefill_s(demand.num_prompt_tokens, longest, engine.url)
+    return Start(engine, longest, "", engine.queue_s, prefill_s)
+
+
+POLICIES = ("joint", "mooncake_paper", "prefix", "least_loaded", "least_work", "round_robin", "random")
+
+
+def make_policy(name: str, predictor: Predictor, *, seed: int = 0) -> Policy:
+    """Return a new policy by its name, one of ``POLICIES``.
+
+    Raises:
+        KeyError: for another name.
+    """
+    if name == Random.name:
+        return Random(predictor, seed=seed)
+    classes: dict[str, type[LeastWork | Joint]] = {
+        each.name: each for each in (LeastWork, LeastLoaded, Prefix, RoundRobin, MooncakePaper, Joint)
+    }
+    return classes[name](predictor)
+
+
+DEFAULT_POLICY: Policy = LeastWork(Predictor())

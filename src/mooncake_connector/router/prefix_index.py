@@ -70,6 +70,22 @@ class PrefixIndex:
                 return position
         return len(chain)
 
+    def match_all(self, chain: Sequence[int]) -> dict[str, int]:
+        """Return, for each engine that holds any, how many leading chunks of ``chain`` it is believed to hold."""
+        found: dict[str, int] = {}
+        if not chain:
+            return found
+        first = chain[0]
+        for engine, known in self._engines.items():
+            if first in known:
+                num_chunks = 0
+                for value in chain:
+                    if value not in known:
+                        break
+                    num_chunks += 1
+                found[engine] = num_chunks
+        return found
+
     def forget(self, engine: str) -> None:
         """Drop all that is known of an engine, because its process is a new one or gone."""
         self._engines.pop(engine, None)

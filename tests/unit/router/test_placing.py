@@ -28,9 +28,9 @@ def candidate(url: str, role: Role = "both", *, preference: int = 0, tokens: int
 
 class TestPolicy:
     def test_least_work_comes_before_prefix_and_prefix_before_turns(self) -> None:
-        assert choose_prefill([candidate("a", tokens=2, prefix=9), candidate("b", tokens=1)]).url == "b"  # type: ignore[union-attr]
-        assert choose_prefill([candidate("a", prefix=1), candidate("b", prefix=2, placed=5)]).url == "b"  # type: ignore[union-attr]
-        assert choose_prefill([candidate("a", placed=5), candidate("b", placed=4)]).url == "b"  # type: ignore[union-attr]
+        assert choose_prefill([candidate("a", tokens=2, prefix=9), candidate("b", tokens=1)]).engine.url == "b"  # type: ignore[union-attr]
+        assert choose_prefill([candidate("a", prefix=1), candidate("b", prefix=2, placed=5)]).engine.url == "b"  # type: ignore[union-attr]
+        assert choose_prefill([candidate("a", placed=5), candidate("b", placed=4)]).engine.url == "b"  # type: ignore[union-attr]
 
     def test_a_healthier_engine_comes_first_whatever_its_load(self) -> None:
         choice = choose_pair([candidate("p", "prefill"), candidate("a", "decode", preference=1),

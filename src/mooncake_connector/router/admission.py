@@ -1,0 +1,410 @@
+"""Decide who is served, in which order, and who is told no.
+
+Pure: no sockets, threads or clocks. Not thread-safe; one owner.
+
+Requests wait here until an engine is about to be free: what waits can still be put in order, or refused. The requests
+that wait are planned by deadline onto the prefill engines. When one cannot finish in time, the one is dropped, among
+all that are due by then, that frees the most time per unit of value. From the rest the shortest goes first, as long as
+every request that is due earlier keeps its margin: nobody starves.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Literal, NamedTuple
+
+import msgspec
+
+from mooncake_store.errors import LocalProtocolError
+
+WAITING_MAX = 65_536
+TENANTS_MAX = 4096
+HALF_LIFE_S = 60.0
+OVER_SHARE_MAX = 16.0
+PRIORITY_MAX = 8
+MEMORY_S = 60.0
+MEMORY_MIN_S = 15.0
+HORIZON_S = 60.0
+SLACK_SHARE = 0.5
+PRICE_MIN = 1e-4
+PRICE_STEP = 1.2
+PRICES = 192
+RETRY_MIN_S = 1
+RETRY_MAX_S = 600
+
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
+
+
+class ServiceClass(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What one class of requests is promised.
+
+    Attributes:
+        ttft_s: longest time to the first token.
+        tbt_s: longest mean time between tokens.
+        weight: how many requests of weight 1 one of these is worth when not all can be served.
+        share: part of the served tokens below which the class counts as much as the most valuable one.
+    """
+
+    ttft_s: Seconds = 30.0
+    tbt_s: Seconds = 0.1
+    weight: Annotated[float, msgspec.Meta(gt=0, le=1e6)] = 1.0
+    share: Annotated[float, msgspec.Meta(ge=0, le=1)] = 0.0
+
+
+class Hints(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client may say about its request; all optional.
+
+    Attributes:
+        ttft_s: a deadline of its own; only one that is earlier than its class's counts.
+        priority: each step doubles or halves the request's weight.
+        num_output_tokens: expected length of the answer.
+    """
+
+    ttft_s: float = math.inf
+    priority: int = 0
+    num_output_tokens: int = 0
+
+
+NO_HINTS = Hints()
+
+
+class Waiting(msgspec.Struct):
+    """A request that waits.
+
+    Attributes:
+        arrived_s, deadline_s: when it came, and when its first token is due.
+        work_s: predicted seconds of prefill; may be corrected while it waits.
+        held_token_s: KV memory while it decodes, times how long.
+        num_tokens: prompt and expected answer; what its tenant is charged.
+    """
+
+    request_id: str
+    class_name: str
+    tenant: str
+    arrived_s: float
+    deadline_s: float
+    weight: float
+    work_s: float
+    held_token_s: float
+    num_tokens: int
+
+
+Reason = Literal["infeasible", "displaced", "full", "rule", "late"]
+"""Cannot be in time; costs more than can be afforded; no place to wait; the operator's rule; took longer than said."""
+
+
+class Rejected(NamedTuple):
+    """A request that is told no."""
+
+    request_id: str
+    reason: Reason
+    retry_after_s: int
+
+
+class Outlook(NamedTuple):
+    """What admission knows of the engines.
+
+    Attributes:
+        queues_s: per prefill engine, the predicted seconds until it could begin another request.
+        error: recent relative error of the prefill predictions.
+        decode_tokens: KV memory of all decode engines; 0 when unknown.
+    """
+
+    now_s: float
+    queues_s: tuple[float, ...]
+    error: float = 0.0
+    decode_tokens: int = 0
+
+
+Rule = Callable[[Waiting, Outlook], bool]
+"""An operator's own rule: whether a request may wait at all."""
+
+
+class Planned(NamedTuple):
+    """A waiting request in the plan by deadline; ``margin_s`` is how much later it could finish."""
+
+    waiting: Waiting
+    margin_s: float
+
+
+class Inflow:
+    """Remembers how much work came lately, by how much one request costs per unit of its value.
+
+    With it the dearest request can be told that the cluster can afford if the near future is like the near past. What
+    is dearer would be served at the cost of several cheaper ones that are still to come.
+    """
+
+    def __init__(self) -> None:
+        self._work = [0.0] * PRICES
+        self._begun_s: float | None = None
+        self._now_s = 0.0
+
+    def add(self, price: float, work: float, *, now_s: float) -> None:
+        """Count a request that arrived. Modifies this."""
+        if self._begun_s is None:
+            self._begun_s = self._now_s = now_s
+        factor = math.exp((self._now_s - now_s) / MEMORY_S)
+        if factor < 0.99:
+            self._work = [each * factor for each in self._work]
+            self._now_s = now_s
+        self._work[_bin(price)] += work
+
+    def dearest(
+        self, waiting: Iterable[tuple[float, float]], *, capacity: float, slack_s: float, now_s: float
+    ) -> float:
+        """Return the highest price that can be afforded; infinite when all can.
+
+        Args:
+            waiting: price and work of what is there already.
+            capacity: work done per second.
+            slack_s: how long work may wait on average.
+            now_s: for how long the past is known.
+        """
+        if self._begun_s is None or capacity <= 0:
+            return math.inf
+        known_s = MEMORY_S * (1.0 - math.exp(-max(now_s - self._begun_s, MEMORY_MIN_S) / MEMORY_S))
+        ahead = HORIZON_S / known_s * math.exp((self._now_s - now_s) / MEMORY_S)
+        totals = [each * ahead for each in self._work]
+        for price, work in waiting:
+            totals[_bin(price)] += work
+        left = capacity * (HORIZON_S + slack_s)
+        for number, total in enumerate(totals):
+            left -= total
+            if left < 0:
+                return float(PRICE_MIN * PRICE_STEP ** (number + 1 + left / total))
+        return math.inf
+
+
+def _bin(price: float) -> int:
+    return min(max(int(math.log(max(price, PRICE_MIN) / PRICE_MIN, PRICE_STEP)), 0), PRICES - 1)
+
+
+class TokenLedger:
+    """Counts tokens served per name, forgetting half of them every ``HALF_LIFE_S``."""
+
+    def __init__(self) -> None:
+        self._tokens: dict[str, float] = {}
+        self._total = 0.0
+        self._now_s = 0.0
+
+    def add(self, name: str, num_tokens: int, *, now_s: float) -> None:
+        """Charge a name. Modifies the ledger; beyond ``TENANTS_MAX`` names the least charged half is forgotten."""
+        self._decay(now_s)
+        self._tokens[name] = self._tokens.get(name, 0.0) + num_tokens
+        self._total += num_tokens
+        if len(self._tokens) > TENANTS_MAX:
+            kept = heapq.nlargest(TENANTS_MAX // 2, self._tokens.items(), key=lambda each: each[1])
+            self._tokens = dict(kept)
+            self._total = sum(self._tokens.values())
+
+    def share(self, name: str) -> float:
+        """Return a name's part of what was served lately."""
+        return self._tokens.get(name, 0.0) / self._total if self._total else 0.0
+
+    def over_share(self, name: str) -> float:
+        """Return how many times its equal share a name was served lately, between 1 and ``OVER_SHARE_MAX``."""
+        return min(max(self.share(name) * len(self._tokens), 1.0), OVER_SHARE_MAX)
+
+    def _decay(self, now_s: float) -> None:
+        # In steps, because every name is touched.
+        if now_s - self._now_s < HALF_LIFE_S / 16:
+            return
+        factor = 0.5 ** ((now_s - self._now_s) / HALF_LIFE_S)
+        self._tokens = {name: left for name, tokens in self._tokens.items() if (left := tokens * factor) >= 1.0}
+        self._total = sum(self._tokens.values())
+        self._now_s = now_s
+
+
+class AdmissionQueue:
+    """Holds requests until they can be served in time.
+
+    Args:
+        classes: by name; a request of an unknown class gets the class named ``""``, which must be there.
+        safety_s: every deadline is planned to be met this much earlier.
+        safety_errors: and earlier by this many times the error expected of the request's own prediction.
+        overtaking_errors: and a shorter request may go first only if this many times that error is left besides.
+        rule: an operator's own rule.
+    """
+
+    def __init__(
+        self,
+        classes: Mapping[str, ServiceClass],
+        *,
+        safety_s: float = 0.3,
+        safety_errors: float = 1.0,
+        overtaking_errors: float = 1.0,
+        rule: Rule | None = None,
+    ) -> None:
+        if "" not in classes:
+            raise LocalProtocolError("there must be a class named '' for requests that name none")
+        self._classes = dict(classes)
+        self._safety_s = safety_s
+        self._safety_errors = safety_errors
+        self._overtaking_errors = overtaking_errors
+        self._prefill_inflow = Inflow()
+        self._decode_inflow = Inflow()
+        self._rule = rule
+        self._waiting: dict[str, Waiting] = {}
+        self._tenants = TokenLedger()
+        self._served_classes = TokenLedger()
+        self._weight_max = max(each.weight for each in classes.values())
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def work_s(self) -> float:
+        """Return the predicted seconds of prefill that wait."""
+        return sum(each.work_s for each in self._waiting.values())
+
+    def service_class(self, name: str) -> ServiceClass:
+        """Return a class by name, the default one for an unknown name."""
+        return self._classes.get(name) or self._classes[""]
+
+    def offer(
+        self,
+        request_id: str,
+        *,
+        outlook: Outlook,
+        work_s: float,
+        num_tokens: int,
+        held_token_s: float = 0.0,
+        class_name: str = "",
+        tenant: str = "",
+        hints: Hints = NO_HINTS,
+    ) -> Waiting | Rejected:
+        """Take in a request. Whether it can be served in time, :meth:`drop_infeasible` tells."""
+        service = self.service_class(class_name)
+        waiting = Waiting(
+            request_id=request_id,
+            class_name=class_name if class_name in self._classes else "",
+            tenant=tenant,
+            arrived_s=outlook.now_s,
+            deadline_s=outlook.now_s + min(service.ttft_s, max(hints.ttft_s, 0.0)),
+            weight=service.weight * 2.0 ** min(max(hints.priority, -PRIORITY_MAX), PRIORITY_MAX),
+            work_s=work_s,
+            held_token_s=held_token_s,
+            num_tokens=num_tokens,
+        )
+        if len(self._waiting) >= WAITING_MAX or request_id in self._waiting:
+            return Rejected(request_id, "full", self.retry_after_s(waiting, outlook))
+        if self._rule is not None and not self._rule(waiting, outlook):
+            return Rejected(request_id, "rule", self.retry_after_s(waiting, outlook))
+        self._waiting[request_id] = waiting
+        value = self._value(waiting)
+        self._prefill_inflow.add(work_s / value, work_s, now_s=outlook.now_s)
+        self._decode_inflow.add(held_token_s / value, held_token_s, now_s=outlook.now_s)
+        return waiting
+
+    def remove(self, request_id: str) -> Waiting | None:
+        """Take out a request whose client left; None when it does not wait."""
+        return self._waiting.pop(request_id, None)
+
+    def dispatch(self, request_id: str, *, now_s: float) -> None:
+        """Take out a request that was given to engines, and charge its tenant and class."""
+        waiting = self._waiting.pop(request_id)
+        self._tenants.add(waiting.tenant, waiting.num_tokens, now_s=now_s)
+        self._served_classes.add(waiting.class_name, waiting.num_tokens, now_s=now_s)
+
+    def drop_infeasible(self, outlook: Outlook) -> list[Rejected]:
+        """Take out the requests that make the rest late, and say when to come back."""
+        rejected = [self._reject(each, "displaced", outlook) for each in self._too_dear(outlook)]
+        _, late = self.plan(outlook)
+        return rejected + [self._reject(each, "infeasible", outlook) for each in late]
+
+    def _too_dear(self, outlook: Outlook) -> list[Waiting]:
+        """Return what costs more per unit of value than can be afforded, in prefill or in decode memory."""
+        waiting = [(each, self._value(each)) for each in self._waiting.values()]
+        slack_s = SLACK_SHARE * self.service_class("").ttft_s
+        prefill_max = self._prefill_inflow.dearest(
+            [(each.work_s / value, each.work_s) for each, value in waiting],
+            capacity=len(outlook.queues_s),
+            slack_s=slack_s - sum(outlook.queues_s) / max(len(outlook.queues_s), 1),
+            now_s=outlook.now_s,
+        )
+        decode_max = self._decode_inflow.dearest(
+            [(each.held_token_s / value, each.held_token_s) for each, value in waiting],
+            capacity=outlook.decode_tokens,
+            slack_s=slack_s,
+            now_s=outlook.now_s,
+        )
+        return [
+            each
+            for each, value in waiting
+            if each.work_s > prefill_max * value or each.held_token_s > decode_max * value
+        ]
+
+    def _reject(self, waiting: Waiting, reason: Reason, outlook: Outlook) -> Rejected:
+        del self._waiting[waiting.request_id]
+        return Rejected(waiting.request_id, reason, self.retry_after_s(waiting, outlook))
+
+    def plan(self, outlook: Outlook) -> tuple[list[Planned], list[Waiting]]:
+        """Return the largest-value set that can be served in time, by deadline, and those that cannot be.
+
+        Each request of the set is planned onto the engine that is free first, in order of deadlines.
+        """
+        due = sorted(self._waiting.values(), key=lambda each: (each.deadline_s, each.request_id))
+        dropped: list[Waiting] = []
+        while True:
+            planned, late = self._schedule(due, outlook)
+            if late is None:
+                return planned, dropped
+            among = [*(each.waiting for each in planned), late]
+            worst = max(among, key=lambda each: (each.work_s / self._value(each), each.request_id))
+            dropped.append(worst)
+            due.remove(worst)
+
+    def order(self, outlook: Outlook) -> list[Waiting]:
+        """Return what may be dispatched now, best first: shortest first among those that make nobody late.
+
+        Those that are late already, where nothing is dropped, come last.
+        """
+        planned, late = self.plan(outlook)
+        num_engines = max(len(outlook.queues_s), 1)
+        margin_s = math.inf
+        allowed = []
+        for waiting, own_margin_s in planned:
+            if waiting.work_s / num_engines < margin_s:
+                allowed.append(waiting)
+            margin_s = min(margin_s, own_margin_s - waiting.work_s * self._overtaking_errors * outlook.error)
+        allowed.sort(key=self._rank)
+        return [*allowed, *sorted(late, key=self._rank)]
+
+    def retry_after_s(self, waiting: Waiting, outlook: Outlook) -> int:
+        """Return after how many seconds a request like this one could be served in time, as predicted now."""
+        num_engines = max(len(outlook.queues_s), 1)
+        work_s = sum(outlook.queues_s) + self.work_s
+        excess_s = work_s / num_engines + self._own_s(waiting, outlook) - (waiting.deadline_s - waiting.arrived_s)
+        return min(max(math.ceil(excess_s), RETRY_MIN_S), RETRY_MAX_S)
+
+    def _schedule(self, due: list[Waiting], outlook: Outlook) -> tuple[list[Planned], Waiting | None]:
+        """Return the plan up to the first request that would be late, and that one."""
+        if not outlook.queues_s:
+            return [], due[0] if due else None
+        now_s = outlook.now_s
+        free_s = list(outlook.queues_s)
+        heapq.heapify(free_s)
+        planned: list[Planned] = []
+        for each in due:
+            begin_s = free_s[0]
+            margin_s = each.deadline_s - now_s - begin_s - self._own_s(each, outlook)
+            if margin_s < 0:
+                return planned, each
+            heapq.heapreplace(free_s, begin_s + each.work_s)
+            planned.append(Planned(each, margin_s))
+        return planned, None
+
+    def _own_s(self, waiting: Waiting, outlook: Outlook) -> float:
+        return waiting.work_s * (1.0 + self._safety_errors * outlook.error) + self._safety_s
+
+    def _value(self, waiting: Waiting) -> float:
+        weight = waiting.weight
+        share = self.service_class(waiting.class_name).share
+        if share and self._served_classes.share(waiting.class_name) < share:
+            weight = max(weight, self._weight_max)
+        return weight / self._tenants.over_share(waiting.tenant)
+
+    def _rank(self, waiting: Waiting) -> tuple[float, float, str]:
+        return (waiting.work_s * self._tenants.over_share(waiting.tenant), waiting.arrived_s, waiting.request_id)

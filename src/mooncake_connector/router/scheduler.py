@@ -1,0 +1,206 @@
+"""Join placing and admission: what happens to a request from its arrival to its last token.
+
+Pure: no sockets, threads or clocks. Not thread-safe; one owner. The simulator drives it with simulated time.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from mooncake_connector.router.admission import AdmissionQueue, Hints, Outlook, Rejected, Waiting
+from mooncake_connector.router.messages import Place, Refused
+from mooncake_connector.router.placer import Placer
+from mooncake_connector.router.policy import Choice
+
+Mode = Literal["none", "early", "queue"]
+"""Place at once; place or reject at once; or hold until an engine is about to be free."""
+
+DISPATCH_BELOW_S = 0.5
+TRIES_MAX = 8
+POLL_S = 0.5
+POLL_MIN_S = 0.01
+PLAN_S = 0.1
+MEAN_RATE = 0.01
+
+
+class Submission(NamedTuple):
+    """A request as it arrives; ``place.request_id`` names it."""
+
+    place: Place
+    class_name: str = ""
+    tenant: str = ""
+    hints: Hints = Hints()
+
+
+class Dispatched(NamedTuple):
+    """A request that was given to engines."""
+
+    request_id: str
+    choice: Choice
+
+
+Action = Dispatched | Rejected
+
+
+class Scheduler:
+    """Takes requests in and says when each is to be sent where, or refused.
+
+    Args:
+        placer: the engines and the policy.
+        queue: classes and who waits.
+        mode: what to do with a request on arrival.
+        is_rejecting: in mode ``queue``, whether requests that cannot be served in time are refused or served last.
+        dispatch_below_s: a prefill engine gets its next request when it has less work than this.
+    """
+
+    def __init__(
+        self,
+        placer: Placer,
+        queue: AdmissionQueue,
+        *,
+        mode: Mode = "queue",
+        is_rejecting: bool = True,
+        dispatch_below_s: float = DISPATCH_BELOW_S,
+    ) -> None:
+        self.placer = placer
+        self.queue = queue
+        self._mode = mode
+        self._is_rejecting = is_rejecting
+        self._dispatch_below_s = dispatch_below_s
+        self._submissions: dict[str, Submission] = {}
+        self._is_changed = False
+        self._mean_tokens = 8192.0
+        self._planned_s = 0.0
+        self._wake_s = 0.0
+
+    def submit(self, submission: Submission, *, now_s: float) -> list[Action]:
+        """Take in a request and return what is to be done now, for this and for other requests."""
+        place, now_ns = submission.place, int(now_s * 1e9)
+        outlook = self._outlook(now_s)
+        choice = self.placer.propose(place, now_ns=now_ns, backlog_s=self._backlog_s(outlook))
+        if isinstance(choice, Refused):
+            return [Rejected(place.request_id, "infeasible", 1)]
+        work_s = choice.start.prefill_s if choice.start else 0.0
+        num_tokens = place.num_prompt_tokens + self.placer.predictor.output_tokens(place.num_output_tokens)
+        taken = self.queue.offer(
+            place.request_id,
+            outlook=outlook,
+            work_s=work_s,
+            num_tokens=num_tokens,
+            held_token_s=self._held_token_s(num_tokens, place, outlook),
+            class_name=submission.class_name,
+            tenant=submission.tenant,
+            hints=submission.hints,
+        )
+        if isinstance(taken, Rejected):
+            return [taken]
+        if self._mode != "queue":
+            if self._mode == "early" and not self._is_in_time(choice, taken, place, now_s):
+                self.queue.remove(place.request_id)
+                return [Rejected(place.request_id, "infeasible", self.queue.retry_after_s(taken, outlook))]
+            return [self._dispatch(submission, choice, now_s)]
+        self._submissions[place.request_id] = submission
+        self._is_changed = True
+        return self.poll(now_s=now_s)
+
+    def poll(self, *, now_s: float) -> list[Action]:
+        """Return what is to be done now: call it whenever something finished, and at :meth:`wake_s`."""
+        actions: list[Action] = []
+        if not self._submissions:
+            return actions
+        outlook = self._outlook(now_s)
+        if self._is_rejecting and (self._is_changed or now_s >= self._planned_s + PLAN_S):
+            self._planned_s, self._is_changed = now_s, False
+            for rejected in self.queue.drop_infeasible(outlook):
+                del self._submissions[rejected.request_id]
+                actions.append(rejected)
+        while self._submissions and min(outlook.queues_s, default=0.0) < self._dispatch_below_s:
+            dispatched = self._dispatch_next(outlook)
+            if dispatched is None:
+                break
+            actions.append(dispatched)
+            outlook = self._outlook(now_s)
+        below_s = self._dispatch_below_s
+        opening_s = min((each - below_s for each in outlook.queues_s if each >= below_s), default=POLL_S)
+        self._wake_s = now_s + min(max(opening_s, POLL_MIN_S), POLL_S)
+        return actions
+
+    @property
+    def wake_s(self) -> float | None:
+        """Return when to poll again if nothing happens before; None when nothing waits."""
+        return self._wake_s if self._submissions else None
+
+    def cancel(self, request_id: str, *, now_s: float) -> None:
+        """Forget a request whose client left or whose time is up, wherever it is."""
+        if self._submissions.pop(request_id, None) is not None:
+            self.queue.remove(request_id)
+        self.placer.finish(request_id, now_ns=int(now_s * 1e9))
+
+    def prefilled(
+        self, request_id: str, *, now_s: float, engine: str, num_prompt: int, num_prefix: int, took_s: float
+    ) -> None:
+        """Learn from a finished prefill that computed for ``took_s``."""
+        self.placer.predictor.observe_prefill(engine, num_prompt, num_prefix, took_s)
+        self.placer.finish(request_id, "prefill", now_ns=int(now_s * 1e9))
+
+    def finished(self, request_id: str, *, now_s: float, num_output: int) -> None:
+        """Learn from a finished answer."""
+        self.placer.predictor.observe_output(num_output)
+        self.placer.finish(request_id, now_ns=int(now_s * 1e9))
+
+    def _dispatch_next(self, outlook: Outlook) -> Dispatched | None:
+        now_ns = int(outlook.now_s * 1e9)
+        backlog_s = self._backlog_s(outlook)
+        for waiting in self.queue.order(outlook)[:TRIES_MAX]:
+            submission = self._submissions[waiting.request_id]
+            choice = self.placer.propose(
+                submission.place, now_ns=now_ns, backlog_s=backlog_s, open_below_s=self._dispatch_below_s
+            )
+            if isinstance(choice, Refused) or choice.start is None:
+                continue
+            waiting.work_s = choice.start.prefill_s
+            if choice.start.engine.queue_s >= self._dispatch_below_s:
+                continue
+            if not self._has_room(choice, waiting, submission.place):
+                continue
+            del self._submissions[waiting.request_id]
+            return self._dispatch(submission, choice, outlook.now_s)
+        return None
+
+    def _dispatch(self, submission: Submission, choice: Choice, now_s: float) -> Dispatched:
+        request_id = submission.place.request_id
+        self.queue.dispatch(request_id, now_s=now_s)
+        self.placer.commit(submission.place, request_id, choice, now_ns=int(now_s * 1e9))
+        return Dispatched(request_id, choice)
+
+    def _is_in_time(self, choice: Choice, waiting: Waiting, place: Place, now_s: float) -> bool:
+        if choice.start is not None and now_s + choice.start.ttft_s > waiting.deadline_s:
+            return False
+        return self._has_room(choice, waiting, place)
+
+    def _has_room(self, choice: Choice, waiting: Waiting, place: Place) -> bool:
+        """Tell whether the decode engine has memory for it, and stays fast enough with it."""
+        decode = choice.decode
+        needed = decode.context_tokens + waiting.num_tokens
+        if decode.capacity_tokens and decode.num_open and needed > decode.capacity_tokens:
+            return False
+        tbt_s = self.queue.service_class(waiting.class_name).tbt_s
+        return not decode.num_open or self.placer.predictor.step_s(decode.num_open + 1, needed) <= tbt_s
+
+    def _held_token_s(self, num_tokens: int, place: Place, outlook: Outlook) -> float:
+        """Return KV memory times the time that it is held for, on a decode engine that is full of such requests."""
+        predictor = self.placer.predictor
+        engine_tokens = outlook.decode_tokens / max(self.placer.num_decoding, 1)
+        if not engine_tokens:
+            return 0.0
+        self._mean_tokens += MEAN_RATE * (num_tokens - self._mean_tokens)
+        step_s = predictor.step_s(round(engine_tokens / max(self._mean_tokens, 1.0)), engine_tokens)
+        return num_tokens * step_s * predictor.output_tokens(place.num_output_tokens)
+
+    def _outlook(self, now_s: float) -> Outlook:
+        queues_s = tuple(self.placer.backlog_s(now_ns=int(now_s * 1e9)))
+        return Outlook(now_s, queues_s, self.placer.predictor.prefill_error.mean, self.placer.decode_tokens)
+
+    def _backlog_s(self, outlook: Outlook) -> float:
+        """Return seconds of unfinished and waiting work per prefill engine."""
+        return (sum(outlook.queues_s) + self.queue.work_s) / max(len(outlook.queues_s), 1)
