@@ -175,11 +175,10 @@ import os, resource, numpy as np
 from mooncake_store.errors import TransferFailed
 from mooncake_store.transport.base import LocalMemory
 from mooncake_store.transport.rdma.transport import RdmaTransport
-from mooncake_store.transport.rdma.verbs import load
-load()
+assert RdmaTransport().probe() == ""
 resource.setrlimit(resource.RLIMIT_MEMLOCK, (8 << 20, 8 << 20))
 os.setgid(65534)
-os.setuid(65534)  # only now: our modules may lie where nobody else can read; root is not limited
+os.setuid(65534)  # root is not limited; only now, as modules not imported yet may lie where nobody else can read
 memory = np.zeros(64 << 20, np.uint8)
 transport = RdmaTransport()
 try:
