@@ -215,6 +215,17 @@ def test_a_medium_that_misbehaves_never_yields_wrong_bytes(cell, plan):
     media.close()
 
 
+def test_a_checksum_of_another_kind_is_not_compared_and_costs_the_owner_nothing(cell):
+    owner, reader, careless = cell.client(), cell.client(), cell.client(checksum=False)
+    put(owner, [1])
+    (block,) = owner._segment.pin([key_of(1)])
+    block.checksum ^= 1 << 56  # as a member with a later definition would say
+    owner._segment.unpin([block])
+    (outcome,) = get(reader, [1])
+    assert outcome.result == "failed" and "another kind" in outcome.reason
+    assert owner.has(key_of(1)) and results(get(careless, [1])) == ["ok"]
+
+
 def test_leased_bytes_never_change_under_a_reader_while_the_pool_overflows(cell):
     owner, reader = cell.client(), cell.client(checksum=False)
     put(owner, range(8))
