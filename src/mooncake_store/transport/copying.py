@@ -1,16 +1,16 @@
 """Copy pieces from another address space, or within ours, without the GIL, with a second thread for large batches.
 
 Two ways to copy within the process, chosen by measurement. 64 MiB between random places, time over one memcpy of 64 MiB
-on an idle machine of two cores (one memcpy of that size writes around the caches; no shorter one does, which alone
-costs half a memcpy more):
+on an idle machine of two cores (one memcpy of that size writes around the caches there, which no shorter one does; that
+alone costs the pieces half a memcpy):
 
-=====================  =========================  ================================
-pieces                 memmove each, 1 / 2 threads  process_vm_readv on ourselves
-=====================  =========================  ================================
-1 MiB                  1.9 / 1.5                  3.1 / 2.4
-64 KiB                 2.1 / 1.8                  3.1 / 2.1
-16 KiB                 2.7 / 2.5                  3.0 / 1.9
-=====================  =========================  ================================
+=======  ===========================  ============================================
+pieces   memmove each, 1 / 2 threads  process_vm_readv on ourselves, 1 / 2 threads
+=======  ===========================  ============================================
+1 MiB    1.9 / 1.5                    3.1 / 2.4
+64 KiB   2.1 / 1.8                    3.1 / 2.1
+16 KiB   2.7 / 2.5                    3.0 / 1.9
+=======  ===========================  ============================================
 
 A memmove without the GIL asks for it back after every piece, and a thread busy in Python keeps it for up to 5 ms each
 time. One system call copies up to 1,024 pieces for one such wait, and is the faster one for small pieces anyway.
