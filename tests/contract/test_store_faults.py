@@ -27,11 +27,13 @@ from mooncake_store.directory.memory import MemoryCell, MemoryDirectory
 from mooncake_store.metrics import Metrics
 from mooncake_store.pull import peers
 from mooncake_store.testing.transport import Owned, Target, pattern, scattered
+from mooncake_store.testing.verbs import FakeVerbs
 from mooncake_store.transport.base import ReadResult, RegionDescriptor
 from mooncake_store.transport.cma import CmaTransport
 from mooncake_store.transport.faults import FaultPlan, FaultyTransport
 from mooncake_store.transport.loopback import LoopbackTransport
 from mooncake_store.transport.media import Media, ProbedTransport
+from mooncake_store.transport.rdma.transport import RdmaTransport
 from mooncake_store.transport.shm import ShmTransport
 from mooncake_store.transport.tcp import TcpTransport
 
@@ -64,9 +66,14 @@ def one_loopback() -> tuple[Any, Any]:
     return shared, shared
 
 
+def rdma_on_fake_devices() -> RdmaTransport:
+    return RdmaTransport(backend=FakeVerbs())
+
+
 MEDIA: dict[str, Make] = {
     "shm": functools.partial(both, ShmTransport),
     "cma": functools.partial(both, CmaTransport),
+    "rdma": functools.partial(both, rdma_on_fake_devices),
     "tcp": functools.partial(both, TcpTransport),
     "loopback": one_loopback,
 }
@@ -159,7 +166,9 @@ def test_reads_of_a_medium(medium):
             target.check(result, source)  # that nothing else was written either
         num_ok, num_failed = num_ok + int(result.ok.sum()), num_failed + int((~result.ok).sum())
         if number == NUM_READS * WARM_UP:
+            gc.collect()
             warm_mib = rss_mib()
+    gc.collect()
     assert rss_mib() - warm_mib < GROWTH_MAX_MIB
     assert min(faulty.injected[kind] for kind in KINDS) > 20, faulty.injected
     assert num_ok > num_failed > 0

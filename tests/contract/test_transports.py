@@ -17,10 +17,10 @@ from mooncake_store.transport.tls import TlsFiles, load_contexts
 CERTIFICATES = Path(__file__).parent / "certificates"
 
 
-def make_tls():
+def make_tls(*, process=False):
     """Make a member of the test cell; a function, because contexts cannot be pickled."""
-    return TcpTransport(tls=load_contexts(TlsFiles(*(
-        str(CERTIFICATES / name) for name in ("member.pem", "member.key", "authority.pem")))))
+    files = TlsFiles(*(str(CERTIFICATES / name) for name in ("member.pem", "member.key", "authority.pem")))
+    return TcpTransport(tls=load_contexts(files), process=process)
 
 
 class TestShm(TransportTests):
@@ -44,6 +44,14 @@ class TestTcpWithoutChecksum(TransportTests):
 
 class TestTcpWithThreeStreams(TransportTests):
     make = functools.partial(TcpTransport, num_streams=3)
+
+
+class TestTcpFromItsOwnProcess(TransportTests):
+    make = functools.partial(TcpTransport, process=True)
+
+
+class TestTcpFromItsOwnProcessOverTls(TransportTests):
+    make = staticmethod(functools.partial(make_tls, process=True))
 
 
 class TestTcpOverTls(TransportTests):

@@ -32,6 +32,7 @@ from mooncake_store.transport.base import (
     ShmOffer,
     TcpOffer,
 )
+from mooncake_store.transport.rdma import wire as rdma_wire
 from mooncake_store.types import HostIdentity, Member, NodeId, block_key
 
 HOST = HostIdentity("0f0e0d0c-1111-2222-3333-444455556666", 4026531836)
@@ -168,6 +169,14 @@ def _path(path: bytes) -> bytes:
 
 
 # ---------------------------------------------------------------------------------------------------------------- media
+_QUEUES = (rdma_wire.WireQueue(17, 99), rdma_wire.WireQueue(18, 100))
+RDMA = (
+    rdma_wire.Open(5, (rdma_wire.ReaderRail("ethernet", 0, 5, 16, (rdma_wire.WireGid(1, True, bytes(16)),), _QUEUES),)),
+    rdma_wire.Opened(1 << 30, (rdma_wire.OwnerRail(0, 1, bytes(16), 0, True, 5, 16, 1 << 40, 77, _QUEUES),)),
+    rdma_wire.Refused(True, "gone"),
+)
+
+
 def _exactly(size: int, decode: Callable[[bytes], bytes]) -> Callable[[bytes], bytes]:
     """Feed a decoder of fixed-size headers what a stream would: exactly that many bytes."""
     return lambda data: decode(data[:size].ljust(size, b"\0"))
@@ -209,6 +218,10 @@ def _shm_request(data: bytes) -> bytes:
     return data
 
 
+def _rdma_header(data: bytes) -> bytes:
+    return rdma_wire.HEADER.pack(rdma_wire.MAGIC, rdma_wire.VERSION, 0, rdma_wire.unpack_header(data))
+
+
 def _region(data: bytes) -> bytes:
     try:
         region = msgspec.msgpack.decode(data, type=RegionDescriptor)
@@ -245,6 +258,10 @@ DECODERS = (
     Decoder("tcp-reads", (struct.pack("<6Q", 0, 4096, 8192, 100, 1 << 19, 1),), _tcp_reads, codec="raw"),
     Decoder("tcp-response", (tcp_wire.pack_response(tcp_wire.Response(0, 2, 3, 4096)),),
             _exactly(tcp_wire.HEADER_BYTES, _tcp_response), codec="raw"),
+    Decoder("rdma-header", (rdma_wire.pack(RDMA[0])[:rdma_wire.HEADER.size],),
+            _exactly(rdma_wire.HEADER.size, _rdma_header), codec="raw"),
+    Decoder("rdma-body", tuple(rdma_wire.pack(message)[rdma_wire.HEADER.size:] for message in RDMA),
+            _again(rdma_wire.unpack_body, msgspec.msgpack.encode), head=0, size_max_bytes=rdma_wire.BODY_MAX_BYTES),
     Decoder("shm-request", (shm.REQUEST.pack(shm.MAGIC, shm.VERSION, 5),), _shm_request, codec="raw"),
     Decoder("shm-reply", (shm.REPLY.pack(shm.MAGIC, shm.VERSION, shm.GRANTED, 4096, 8),), _shm_reply, codec="raw"),
 )

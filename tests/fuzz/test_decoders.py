@@ -28,7 +28,7 @@ from mooncake_store.transport.shm import ShmTransport
 from mooncake_store.transport.tcp import TcpTransport
 
 INPUTS_MIN = 1_000_000
-INPUTS_EACH = 58_000
+INPUTS_EACH = 51_000
 SPARE_BYTES = 512 << 20
 EXPANSION_MAX = 80
 """Bytes of memory per byte of input: a Python object for every byte, and the list it is in twice while it grows."""

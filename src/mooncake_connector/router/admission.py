@@ -25,8 +25,6 @@ HALF_LIFE_S = 60.0
 OVER_SHARE_MAX = 16.0
 PRIORITY_MAX = 8
 MEMORY_S = 60.0
-MEMORY_MIN_S = 15.0
-HORIZON_S = 60.0
 SLACK_SHARE = 0.5
 PRICE_MIN = 1e-4
 PRICE_STEP = 1.2
@@ -164,12 +162,13 @@ class Inflow:
         """
         if self._begun_s is None or capacity <= 0:
             return math.inf
-        known_s = MEMORY_S * (1.0 - math.exp(-max(now_s - self._begun_s, MEMORY_MIN_S) / MEMORY_S))
-        ahead = HORIZON_S / known_s * math.exp((self._now_s - now_s) / MEMORY_S)
-        totals = [each * ahead for each in self._work]
+        known_s = MEMORY_S * (1.0 - math.exp(-max(now_s - self._begun_s, 0.0) / MEMORY_S))
+        # No further ahead than the past is known: as much will come in known_s as came in that time.
+        fade = math.exp((self._now_s - now_s) / MEMORY_S)
+        totals = [each * fade for each in self._work]
         for price, work in waiting:
             totals[_bin(price)] += work
-        left = capacity * (HORIZON_S + slack_s)
+        left = capacity * (known_s + slack_s)
         for number, total in enumerate(totals):
             left -= total
             if left < 0:

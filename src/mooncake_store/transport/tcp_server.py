@@ -16,12 +16,13 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mooncake_store.errors import RemoteProtocolError
-from mooncake_store.transport import tcp_wire
+from mooncake_store.transport import libc, tcp_wire
 from mooncake_store.transport.base import LocalMemory
 from mooncake_store.transport.checksum import CHECKSUM_BYTES, checksum_of
 from mooncake_store.transport.coalesce import Group
@@ -53,6 +54,34 @@ TURN_S = 1.0
 _NOTHING = np.empty(0, np.uint8)
 
 
+class _Region(NamedTuple):
+    """Memory that is served: our own, or that of process ``pid``, of which we send copies."""
+
+    memory: LocalMemory
+    pid: int
+
+
+class _Scratch:
+    """Room for copies of what one connection is sent, used again and again: fresh memory costs a fault per page."""
+
+    def __init__(self) -> None:
+        self._bytes = _NOTHING
+
+    def gather(self, pid: int, ranges: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
+        """Copy memory ranges of another process; what is returned is valid until the next call. Raises OSError."""
+        total, filled = int(ranges[:, 1].sum()), 0
+        if self._bytes.nbytes < total:
+            self._bytes = np.empty(total, np.uint8)
+        address, cursor = self._bytes.ctypes.data, RangeCursor(ranges)
+        while filled < total:
+            count = libc.read_process(pid, single_range(address + filled, total - filled), cursor.window())
+            if count == 0:
+                raise OSError("the owner's memory cannot be read")
+            cursor.advance(count)
+            filled += count
+        return self._bytes[:total]
+
+
 class _Answer:
     """One response on its way out: bytes of its own, then memory of a region.
 
@@ -67,25 +96,36 @@ class _Answer:
         self._checksum = np.zeros(1, "<u8")
         self._flags = 0
         self._ranges = np.empty((0, 2), np.uint64)
+        self._pid = 0
+        self._scratch = _Scratch()
         self._chunks: Iterator[Group] = iter(())
         self.cursor = RangeCursor(single_range(self._own.ctypes.data, self._own.nbytes))
 
     @classmethod
-    def of_memory(cls, request: Request, header: bytes, ranges: npt.NDArray[np.uint64]) -> _Answer:
+    def of_memory(cls, request: Request, header: bytes, ranges: npt.NDArray[np.uint64], pid: int,
+                  scratch: _Scratch) -> _Answer:
         """Answer with memory ranges of a region, uint64 [n, 2]."""
         answer = cls(header)
         answer.region_id = request.region_id
-        answer._flags, answer._ranges = request.flags, ranges
-        answer._chunks = tcp_wire.chunks(ranges[:, 1], request.flags)
+        answer._flags, answer._ranges, answer._pid, answer._scratch = request.flags, ranges, pid, scratch
+        # without checksums no reader sees how an answer is cut, and copies are made in small pieces
+        answer._chunks = tcp_wire.chunks(ranges[:, 1], tcp_wire.WANT_CHECKSUM if pid else request.flags)
         answer.go_on(answer._own)
         return answer
 
     def go_on(self, own: npt.NDArray[np.uint8] = _NOTHING) -> bool:
-        """Begin with the next chunk, behind bytes of our own, once the one before is sent; False when there is none."""
+        """Begin with the next chunk, behind bytes of our own, once the one before is sent; False when there is none.
+
+        Raises:
+            OSError: the memory of another process cannot be read.
+        """
         chunk = next(self._chunks, None)
         if chunk is None:
             return False
         ranges = self._ranges[chunk.start:chunk.stop]
+        if self._pid:
+            copied = self._scratch.gather(self._pid, ranges)
+            ranges = single_range(copied.ctypes.data, copied.nbytes)
         parts = [single_range(own.ctypes.data, own.nbytes), ranges] if own.nbytes else [ranges]
         if self._flags & tcp_wire.WANT_CHECKSUM:
             self._checksum[0] = checksum_of(ranges)
@@ -106,6 +146,7 @@ class _Connection:
         self.inbox = bytearray(INBOX_BYTES)
         self.filled = 0
         self.answer: _Answer | None = None
+        self.scratch = _Scratch()
         self.is_greeting = isinstance(sock, ssl.SSLSocket)
         self.is_refused = False
         self.events = select.EPOLLIN
@@ -171,7 +212,7 @@ class ReadServer:
         self.port: int = self._listener.getsockname()[1]
         self._tls = tls
         self._lock = threading.Lock()
-        self._regions: dict[int, LocalMemory] = {}
+        self._regions: dict[int, _Region] = {}
         self._connections: dict[int, _Connection] = {}
         self._epoll = select.epoll()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -181,10 +222,10 @@ class ReadServer:
         self._thread = threading.Thread(target=self._run, name="mooncake-tcp", daemon=True)
         self._thread.start()
 
-    def add(self, region_id: int, memory: LocalMemory) -> None:
-        """Serve a region."""
+    def add(self, region_id: int, memory: LocalMemory, *, pid: int = 0) -> None:
+        """Serve a region: memory of ours, or of process ``pid``, which we must be allowed to read."""
         with self._lock:
-            self._regions[region_id] = memory
+            self._regions[region_id] = _Region(memory, pid)
 
     def remove(self, region_id: int) -> None:
         """Stop serving a region; once this returns its memory is not touched any more. Idempotent."""
@@ -308,25 +349,29 @@ class ReadServer:
 
     def _begin(self, connection: _Connection, request: Request, packed: bytes) -> _Answer | None:
         """Check a request and begin its answer; None when all of it has been sent at once. Raises OSError."""
-        memory = self._regions.get(request.region_id)
-        if memory is not None and request.num_reads == 1:
+        region = self._regions.get(request.region_id)
+        if region is not None and request.num_reads == 1 and not region.pid:
             offset, length = tcp_wire.unpack_read(packed)
-            if 0 < length <= min(STAGED_MAX_BYTES, memory.size_bytes) and offset <= memory.size_bytes - length:
-                start = memory.address + offset
+            size_bytes = region.memory.size_bytes
+            if 0 < length <= min(STAGED_MAX_BYTES, size_bytes) and offset <= size_bytes - length:
+                start = region.memory.address + offset
                 return self._send_staged(connection, request, bytes(SPACE[start:start + length]))
         reads = np.frombuffer(packed, "<u8").astype(np.uint64).reshape(-1, 2)
-        status = tcp_wire.UNKNOWN_REGION if memory is None else tcp_wire.check_reads(reads, memory.size_bytes)
-        if memory is None or status != tcp_wire.OK or request.num_reads == 0:
+        status = tcp_wire.UNKNOWN_REGION if region is None else tcp_wire.check_reads(reads, region.memory.size_bytes)
+        if region is None or status != tcp_wire.OK or request.num_reads == 0:
             connection.is_refused = status != tcp_wire.OK
             return _Answer(pack_response(Response(status, request.frame_id, request.num_reads, 0)))
         ranges = reads
-        ranges[:, 0] += np.uint64(memory.address)
+        ranges[:, 0] += np.uint64(region.memory.address)
         num_bytes = int(ranges[:, 1].sum())
         if num_bytes <= STAGED_MAX_BYTES:
-            staged = b"".join(SPACE[start:start + length] for start, length in ranges.tolist())
+            if region.pid:
+                staged = connection.scratch.gather(region.pid, ranges).tobytes()
+            else:
+                staged = b"".join(SPACE[start:start + length] for start, length in ranges.tolist())
             return self._send_staged(connection, request, staged)
         header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, num_bytes))
-        return _Answer.of_memory(request, header, ranges)
+        return _Answer.of_memory(request, header, ranges, region.pid, connection.scratch)
 
     def _send_staged(self, connection: _Connection, request: Request, staged: bytes) -> _Answer | None:
         header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, len(staged)))

@@ -29,10 +29,11 @@ NO_TLS = TlsFiles()
 
 
 class TlsContexts(NamedTuple):
-    """What wraps sockets: those we accept and those we open."""
+    """What wraps sockets: those we accept and those we open. ``files`` are what they were made from."""
 
     accepting: ssl.SSLContext
     connecting: ssl.SSLContext
+    files: TlsFiles
 
 
 def load_contexts(files: TlsFiles) -> TlsContexts | None:
@@ -50,10 +51,10 @@ def load_contexts(files: TlsFiles) -> TlsContexts | None:
                           where=f"$.{missing[0]}", hint=GENERATE_HINT)
     for key, path in named.items():
         _check_readable(key, path)
-    contexts = TlsContexts(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
+    contexts = TlsContexts(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), files)
     contexts.accepting.num_tickets = 0  # nobody resumes, and a ticket would look like an answer nobody asked for
     contexts.connecting.check_hostname = False
-    for context in contexts:
+    for context in (contexts.accepting, contexts.connecting):
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         _load(context, files)
