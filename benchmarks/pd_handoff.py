@@ -28,7 +28,8 @@ from mooncake_connector.demo.processes import Supervisor, free_ports, stop_signa
 LENGTHS = (64, 512, 2048, 4096, 6144)
 LENGTHS_QUICK = (64, 512)
 OUTPUT_TOKENS = 12
-PAUSE_S = 0.3
+PAUSE_S = 2.0
+"""The in-tree pair spins for a second after each message (ADR 0003); what follows must not pay for it."""
 OURS = ("layer", "step")
 INTREE = "in-tree"
 

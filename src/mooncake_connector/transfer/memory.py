@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from mooncake_connector.kv.layout import U64, KVLayout
 from mooncake_store.pull.planner import Scatter
+from mooncake_store.transport.checksum import checksum_of
 
 
 class PageReader:
@@ -31,11 +30,6 @@ class PageReader:
         return [Scatter(np.ascontiguousarray(offsets[:, i]), self._lengths) for i in range(len(block_ids))]
 
     def checksums(self, block_ids: Sequence[int]) -> list[int]:
-        """Return the crc32 of each block's image."""
-        return [self._checksum(column) for column in self.addresses(self.layout.page_offsets(block_ids)).T.tolist()]
-
-    def _checksum(self, addresses: list[int]) -> int:
-        value = 0
-        for address in addresses:
-            value = zlib.crc32((ctypes.c_char * self.layout.page_bytes).from_address(address), value)
-        return value
+        """Return the checksum of each block's image."""
+        columns = self.addresses(self.layout.page_offsets(block_ids)).T
+        return [checksum_of(np.stack((column, self._lengths), axis=1)) for column in columns]
