@@ -291,8 +291,11 @@ class Placer:
             num_decode_tokens=place.num_prompt_tokens + num_output,
             deadline_ns=now_ns + self._ttl_ns,
         )
-        if choice.start is not None:
+        if choice.prefill is not None and choice.start is not None:
             self._count_prefill(transfer_id, opened, choice.start, now_ns)
+        elif choice.start is not None:
+            predicted_s = choice.start.ttft_s - choice.start.engine.queue_s
+            self._work_of(opened.decode_url).prefill.add(transfer_id, predicted_s, now_s=now_ns / 1e9)
         self._charge(opened.decode_url, num_decode=opened.num_decode_tokens)
         num_reserved = place.num_prompt_tokens + self.predictor.output_tokens(place.num_output_tokens)
         self._work_of(opened.decode_url).decode.add(transfer_id, num_reserved)
@@ -329,10 +332,12 @@ class Placer:
 
     def _release(self, transfer_id: str, opened: OpenPlacement, leg: Leg, now_ns: int) -> None:
         self._now_ns = max(self._now_ns, now_ns)
-        if leg != "decode" and opened.prefill_url:
-            if (work := self._work.get(opened.prefill_url)) is not None:
+        if leg != "decode":
+            # A request that runs whole has its prefill where it decodes.
+            if (work := self._work.get(opened.prefill_url or opened.decode_url)) is not None:
                 work.prefill.finish(transfer_id, now_s=now_ns / 1e9)
-            self._discharge(opened.prefill_url, num_prefill=opened.num_prefill_tokens)
+            if opened.prefill_url:
+                self._discharge(opened.prefill_url, num_prefill=opened.num_prefill_tokens)
             opened.prefill_url = ""
         if leg != "prefill" and opened.decode_url:
             if (work := self._work.get(opened.decode_url)) is not None:

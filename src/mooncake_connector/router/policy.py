@@ -103,7 +103,10 @@ class Start(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A pair of engines; ``prefill`` is None when the request runs whole on ``decode``, and ``reason`` says why."""
+    """A pair of engines; ``prefill`` is None when the request runs whole on ``decode``, and ``reason`` says why.
+
+    ``start`` is the prefill, wherever it runs.
+    """
 
     prefill: Candidate | None
     decode: Candidate
@@ -124,7 +127,7 @@ class Policy(Protocol):
         """Choose where to prefill, and with which prefix."""
 
     def decode(self, demand: Demand, candidates: Sequence[Candidate], start: Start | None) -> Candidate:
-        """Choose where to decode; ``start`` is None when the engine is to prefill too."""
+        """Choose where to decode what is computed elsewhere; ``start`` is None when it is not known where."""
 
 
 # ---- which engines may be used
@@ -157,7 +160,7 @@ def choose_pair(
         return choose_one(candidates, policy, demand, reason="no_decode")
     decode = policy.decode(demand, others, start)
     if not decode.has_connector:
-        return Choice(None, decode, "no_connector")
+        return choose_one([decode], policy, demand, reason="no_connector")
     return Choice(start.engine, decode, "", start)
 
 
@@ -168,7 +171,10 @@ def choose_one(
     best = _best([each for each in candidates if each.role != "prefill"])
     if not best or not best[0].is_healthy:
         best = _best(candidates)
-    return Choice(None, (policy or DEFAULT_POLICY).decode(demand, best, None), reason) if best else None
+    if not best:
+        return None
+    start = (policy or DEFAULT_POLICY).start(demand, best)
+    return Choice(None, start.engine, reason, start)
 
 
 def _best(candidates: Sequence[Candidate]) -> Sequence[Candidate]:

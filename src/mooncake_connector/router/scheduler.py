@@ -5,10 +5,11 @@ Pure: no sockets, threads or clocks. Not thread-safe; one owner. The simulator d
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple
 
 from mooncake_connector.router.admission import AdmissionQueue, Hints, Outlook, Rejected, Waiting
-from mooncake_connector.router.messages import Place, Refused
+from mooncake_connector.router.messages import Place, Placed, Refused
 from mooncake_connector.router.placer import Placer
 from mooncake_connector.router.policy import Choice
 
@@ -24,22 +25,28 @@ MEAN_RATE = 0.01
 
 
 class Submission(NamedTuple):
-    """A request as it arrives; ``place.request_id`` names it."""
+    """A request as it arrives; ``place.request_id`` names it, and is unique.
+
+    With a ``colocated_reason`` it must run whole on one engine.
+    """
 
     place: Place
     class_name: str = ""
     tenant: str = ""
     hints: Hints = Hints()
+    colocated_reason: str = ""
 
 
 class Dispatched(NamedTuple):
-    """A request that was given to engines."""
+    """A request that was given to engines; ``placed`` says what to send them."""
 
     request_id: str
     choice: Choice
+    placed: Placed | Refused
 
 
-Action = Dispatched | Rejected
+Action = Dispatched | Rejected | Refused
+"""Send it; tell it no because of its promise; tell it no because there is no engine for it (``subject`` names it)."""
 
 
 class Scheduler:
@@ -77,9 +84,9 @@ class Scheduler:
         """Take in a request and return what is to be done now, for this and for other requests."""
         place, now_ns = submission.place, int(now_s * 1e9)
         outlook = self._outlook(now_s)
-        choice = self.placer.propose(place, now_ns=now_ns, backlog_s=self._backlog_s(outlook))
+        choice = self._propose(submission, now_ns, self._backlog_s(outlook))
         if isinstance(choice, Refused):
-            return [Rejected(place.request_id, "infeasible", 1)]
+            return [choice]
         work_s = choice.start.prefill_s if choice.start else 0.0
         num_tokens = place.num_prompt_tokens + self.placer.predictor.output_tokens(place.num_output_tokens)
         taken = self.queue.offer(
@@ -99,9 +106,33 @@ class Scheduler:
                 self.queue.remove(place.request_id)
                 return [Rejected(place.request_id, "infeasible", self.queue.retry_after_s(taken, outlook))]
             return [self._dispatch(submission, choice, now_s)]
+        if self._is_open_for(choice, taken, place):
+            return [self._dispatch(submission, choice, now_s)]
         self._submissions[place.request_id] = submission
         self._is_changed = True
         return self.poll(now_s=now_s)
+
+    def _propose(
+        self, submission: Submission, now_ns: int, backlog_s: float, open_below_s: float = math.inf
+    ) -> Choice | Refused:
+        return self.placer.propose(
+            submission.place,
+            now_ns=now_ns,
+            colocated_reason=submission.colocated_reason,
+            backlog_s=backlog_s,
+            open_below_s=open_below_s,
+        )
+
+    def _is_open_for(self, choice: Choice, waiting: Waiting, place: Place) -> bool:
+        """Tell whether a request that just came can be sent without asking who else waits.
+
+        So can one that runs whole where others only decode: no queue of prefills stands before it.
+        """
+        start = choice.start
+        if start is None or (choice.prefill is None and start.engine.role == "decode"):
+            return True
+        is_first = not self._submissions and not self._is_rejecting
+        return is_first and start.engine.queue_s < self._dispatch_below_s and self._has_room(choice, waiting, place)
 
     def poll(self, *, now_s: float) -> list[Action]:
         """Return what is to be done now: call it whenever something finished, and at :meth:`wake_s`."""
@@ -148,15 +179,18 @@ class Scheduler:
         self.placer.predictor.observe_output(num_output)
         self.placer.finish(request_id, now_ns=int(now_s * 1e9))
 
-    def _dispatch_next(self, outlook: Outlook) -> Dispatched | None:
+    def _dispatch_next(self, outlook: Outlook) -> Dispatched | Refused | None:
         now_ns = int(outlook.now_s * 1e9)
         backlog_s = self._backlog_s(outlook)
         for waiting in self.queue.order(outlook)[:TRIES_MAX]:
             submission = self._submissions[waiting.request_id]
-            choice = self.placer.propose(
-                submission.place, now_ns=now_ns, backlog_s=backlog_s, open_below_s=self._dispatch_below_s
-            )
-            if isinstance(choice, Refused) or choice.start is None:
+            choice = self._propose(submission, now_ns, backlog_s, self._dispatch_below_s)
+            if isinstance(choice, Refused):
+                # Every engine that could take it went away while it waited.
+                del self._submissions[waiting.request_id]
+                self.queue.remove(waiting.request_id)
+                return choice
+            if choice.start is None:
                 continue
             waiting.work_s = choice.start.prefill_s
             if choice.start.engine.queue_s >= self._dispatch_below_s:
@@ -170,8 +204,8 @@ class Scheduler:
     def _dispatch(self, submission: Submission, choice: Choice, now_s: float) -> Dispatched:
         request_id = submission.place.request_id
         self.queue.dispatch(request_id, now_s=now_s)
-        self.placer.commit(submission.place, request_id, choice, now_ns=int(now_s * 1e9))
-        return Dispatched(request_id, choice)
+        placed = self.placer.commit(submission.place, request_id, choice, now_ns=int(now_s * 1e9))
+        return Dispatched(request_id, choice, placed)
 
     def _is_in_time(self, choice: Choice, waiting: Waiting, place: Place, now_s: float) -> bool:
         if choice.start is not None and now_s + choice.start.ttft_s > waiting.deadline_s:

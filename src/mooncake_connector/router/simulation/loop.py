@@ -142,11 +142,12 @@ class Simulation:
 
     def _do(self, actions: list[Action], now_s: float) -> None:
         for action in actions:
-            number = int(action.request_id)
-            if isinstance(action, Rejected):
-                self._reject(number, action.reason, action.retry_after_s, now_s)
+            if isinstance(action, Dispatched):
+                self._send(int(action.request_id), action, now_s)
+            elif isinstance(action, Rejected):
+                self._reject(int(action.request_id), action.reason, action.retry_after_s, now_s)
             else:
-                self._send(number, action, now_s)
+                self._reject(int(action.subject), action.code, 1, now_s)
         wake_s = self.scheduler.wake_s
         if wake_s is not None and (self._wake_at_s is None or wake_s < self._wake_at_s - 1e-6):
             self._wake_at_s = wake_s
