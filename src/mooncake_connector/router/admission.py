@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple
 
 import msgspec
@@ -76,6 +77,7 @@ class Waiting(msgspec.Struct):
         work_s: predicted seconds of prefill; may be corrected while it waits.
         held_token_s: KV memory while it decodes, times how long.
         num_tokens: prompt and expected answer; what its tenant is charged.
+        value: how much it is worth among those that wait; changes with what its class and tenant were served.
     """
 
     request_id: str
@@ -87,6 +89,12 @@ class Waiting(msgspec.Struct):
     work_s: float
     held_token_s: float
     num_tokens: int
+    value: float = 1.0
+
+    @property
+    def price(self) -> float:
+        """Return the seconds of prefill per unit of value."""
+        return self.work_s / self.value
 
 
 Reason = Literal["infeasible", "displaced", "full", "rule", "late"]
@@ -136,6 +144,7 @@ class Inflow:
 
     def __init__(self) -> None:
         self._work = [0.0] * PRICES
+        self._total = 0.0
         self._begun_s: float | None = None
         self._now_s = 0.0
 
@@ -146,11 +155,13 @@ class Inflow:
         factor = math.exp((self._now_s - now_s) / MEMORY_S)
         if factor < 0.99:
             self._work = [each * factor for each in self._work]
+            self._total *= factor
             self._now_s = now_s
         self._work[_bin(price)] += work
+        self._total += work
 
     def dearest(
-        self, waiting: Iterable[tuple[float, float]], *, capacity: float, slack_s: float, now_s: float
+        self, waiting: Sequence[tuple[float, float]], *, capacity: float, slack_s: float, now_s: float
     ) -> float:
         """Return the highest price that can be afforded; infinite when all can.
 
@@ -162,18 +173,27 @@ class Inflow:
         """
         if self._begun_s is None or capacity <= 0:
             return math.inf
-        known_s = MEMORY_S * (1.0 - math.exp(-max(now_s - self._begun_s, 0.0) / MEMORY_S))
         # No further ahead than the past is known: as much will come in known_s as came in that time.
+        known_s = MEMORY_S * (1.0 - math.exp(-max(now_s - self._begun_s, 0.0) / MEMORY_S))
         fade = math.exp((self._now_s - now_s) / MEMORY_S)
+        left = capacity * (known_s + slack_s)
+        if self._total * fade + sum(work for _, work in waiting) <= left:
+            return math.inf
         totals = [each * fade for each in self._work]
         for price, work in waiting:
             totals[_bin(price)] += work
-        left = capacity * (known_s + slack_s)
         for number, total in enumerate(totals):
             left -= total
             if left < 0:
                 return float(PRICE_MIN * PRICE_STEP ** (number + 1 + left / total))
         return math.inf
+
+
+_DEADLINE = operator.attrgetter("deadline_s")
+
+
+def _rank(waiting: Waiting) -> tuple[float, float, str]:
+    return (waiting.price, waiting.arrived_s, waiting.request_id)
 
 
 def _bin(price: float) -> int:
@@ -246,6 +266,7 @@ class AdmissionQueue:
         self._decode_inflow = Inflow()
         self._rule = rule
         self._waiting: dict[str, Waiting] = {}
+        self._memo: tuple[Outlook, list[Planned]] | None = None
         self._tenants = TokenLedger()
         self._served_classes = TokenLedger()
         self._weight_max = max(each.weight for each in classes.values())
@@ -292,47 +313,56 @@ class AdmissionQueue:
         if self._rule is not None and not self._rule(waiting, outlook):
             return Rejected(request_id, "rule", self.retry_after_s(waiting, outlook))
         self._waiting[request_id] = waiting
-        value = self._value(waiting)
-        self._prefill_inflow.add(work_s / value, work_s, now_s=outlook.now_s)
-        self._decode_inflow.add(held_token_s / value, held_token_s, now_s=outlook.now_s)
+        self._memo = None
+        waiting.value = self._value(waiting)
+        self._prefill_inflow.add(waiting.price, work_s, now_s=outlook.now_s)
+        self._decode_inflow.add(held_token_s / waiting.value, held_token_s, now_s=outlook.now_s)
         return waiting
 
     def remove(self, request_id: str) -> Waiting | None:
         """Take out a request whose client left; None when it does not wait."""
+        self._memo = None
         return self._waiting.pop(request_id, None)
 
     def dispatch(self, request_id: str, *, now_s: float) -> None:
         """Take out a request that was given to engines, and charge its tenant and class."""
         waiting = self._waiting.pop(request_id)
+        self._memo = None
         self._tenants.add(waiting.tenant, waiting.num_tokens, now_s=now_s)
         self._served_classes.add(waiting.class_name, waiting.num_tokens, now_s=now_s)
 
     def drop_infeasible(self, outlook: Outlook) -> list[Rejected]:
         """Take out the requests that make the rest late, and say when to come back."""
+        for each in self._waiting.values():
+            each.value = self._value(each)
         rejected = [self._reject(each, "displaced", outlook) for each in self._too_dear(outlook)]
-        _, late = self.plan(outlook)
-        return rejected + [self._reject(each, "infeasible", outlook) for each in late]
+        planned, late = self.plan(outlook)
+        rejected += [self._reject(each, "infeasible", outlook) for each in late]
+        self._memo = (outlook, planned)
+        return rejected
 
     def _too_dear(self, outlook: Outlook) -> list[Waiting]:
         """Return what costs more per unit of value than can be afforded, in prefill or in decode memory."""
-        waiting = [(each, self._value(each)) for each in self._waiting.values()]
+        waiting, num_engines = self._waiting.values(), len(outlook.queues_s)
         slack_s = SLACK_SHARE * self.service_class("").ttft_s
         prefill_max = self._prefill_inflow.dearest(
-            [(each.work_s / value, each.work_s) for each, value in waiting],
-            capacity=len(outlook.queues_s),
-            slack_s=slack_s - sum(outlook.queues_s) / max(len(outlook.queues_s), 1),
+            [(each.price, each.work_s) for each in waiting],
+            capacity=num_engines,
+            slack_s=slack_s - sum(outlook.queues_s) / max(num_engines, 1),
             now_s=outlook.now_s,
         )
         decode_max = self._decode_inflow.dearest(
-            [(each.held_token_s / value, each.held_token_s) for each, value in waiting],
+            [(each.held_token_s / each.value, each.held_token_s) for each in waiting],
             capacity=outlook.decode_tokens,
             slack_s=slack_s,
             now_s=outlook.now_s,
         )
+        if math.isinf(prefill_max) and math.isinf(decode_max):
+            return []
         return [
             each
-            for each, value in waiting
-            if each.work_s > prefill_max * value or each.held_token_s > decode_max * value
+            for each in waiting
+            if each.work_s > prefill_max * each.value or each.held_token_s > decode_max * each.value
         ]
 
     def _reject(self, waiting: Waiting, reason: Reason, outlook: Outlook) -> Rejected:
@@ -342,25 +372,51 @@ class AdmissionQueue:
     def plan(self, outlook: Outlook) -> tuple[list[Planned], list[Waiting]]:
         """Return the largest-value set that can be served in time, by deadline, and those that cannot be.
 
-        Each request of the set is planned onto the engine that is free first, in order of deadlines.
+        Each request is planned, in order of deadlines, onto the engine that is free first. Where one would be late, the
+        one that costs most per unit of value among it and those planned before is dropped, until it is not (Moore and
+        Hodgson's rule, for several engines).
         """
-        due = sorted(self._waiting.values(), key=lambda each: (each.deadline_s, each.request_id))
-        dropped: list[Waiting] = []
-        while True:
-            planned, late = self._schedule(due, outlook)
-            if late is None:
-                return planned, dropped
-            among = [*(each.waiting for each in planned), late]
-            worst = max(among, key=lambda each: (each.work_s / self._value(each), each.request_id))
-            dropped.append(worst)
-            due.remove(worst)
+        due = sorted(self._waiting.values(), key=_DEADLINE)
+        if not outlook.queues_s:
+            return [], due
+        free = [(queue_s, lane) for lane, queue_s in enumerate(outlook.queues_s)]
+        heapq.heapify(free)
+        lanes: dict[str, int] = {}
+        dearest: list[tuple[float, str, float]] = []
+        for each in due:
+            name, price = each.request_id, each.price
+            latest_s = each.deadline_s - outlook.now_s - self._own_s(each, outlook)
+            while (begin_s := free[0][0]) > latest_s and dearest and dearest[0][:2] < (-price, name):
+                _, dropped, work_s = heapq.heappop(dearest)
+                gap = lanes.pop(dropped)
+                free = [(until_s - work_s if lane == gap else until_s, lane) for until_s, lane in free]
+                heapq.heapify(free)
+            if begin_s <= latest_s:
+                lane = free[0][1]
+                heapq.heapreplace(free, (begin_s + each.work_s, lane))
+                lanes[name] = lane
+                heapq.heappush(dearest, (-price, name, each.work_s))
+        return self._with_margins(due, lanes, outlook), [each for each in due if each.request_id not in lanes]
+
+    def _with_margins(self, due: list[Waiting], lanes: Mapping[str, int], outlook: Outlook) -> list[Planned]:
+        """Return the plan: every request that has a lane, behind those before it there."""
+        free_s = list(outlook.queues_s)
+        planned = []
+        for each in due:
+            lane = lanes.get(each.request_id)
+            if lane is not None:
+                margin_s = each.deadline_s - outlook.now_s - free_s[lane] - self._own_s(each, outlook)
+                free_s[lane] += each.work_s
+                planned.append(Planned(each, margin_s))
+        return planned
 
     def order(self, outlook: Outlook) -> list[Waiting]:
         """Return what may be dispatched now, best first: shortest first among those that make nobody late.
 
         Those that are late already, where nothing is dropped, come last.
         """
-        planned, late = self.plan(outlook)
+        memo = self._memo
+        planned, late = (memo[1], []) if memo is not None and memo[0] is outlook else self.plan(outlook)
         num_engines = max(len(outlook.queues_s), 1)
         margin_s = math.inf
         allowed = []
@@ -368,8 +424,8 @@ class AdmissionQueue:
             if waiting.work_s / num_engines < margin_s:
                 allowed.append(waiting)
             margin_s = min(margin_s, own_margin_s - waiting.work_s * self._overtaking_errors * outlook.error)
-        allowed.sort(key=self._rank)
-        return [*allowed, *sorted(late, key=self._rank)]
+        allowed.sort(key=_rank)
+        return [*allowed, *sorted(late, key=_rank)]
 
     def retry_after_s(self, waiting: Waiting, outlook: Outlook) -> int:
         """Return after how many seconds a request like this one could be served in time, as predicted now."""
@@ -377,23 +433,6 @@ class AdmissionQueue:
         work_s = sum(outlook.queues_s) + self.work_s
         excess_s = work_s / num_engines + self._own_s(waiting, outlook) - (waiting.deadline_s - waiting.arrived_s)
         return min(max(math.ceil(excess_s), RETRY_MIN_S), RETRY_MAX_S)
-
-    def _schedule(self, due: list[Waiting], outlook: Outlook) -> tuple[list[Planned], Waiting | None]:
-        """Return the plan up to the first request that would be late, and that one."""
-        if not outlook.queues_s:
-            return [], due[0] if due else None
-        now_s = outlook.now_s
-        free_s = list(outlook.queues_s)
-        heapq.heapify(free_s)
-        planned: list[Planned] = []
-        for each in due:
-            begin_s = free_s[0]
-            margin_s = each.deadline_s - now_s - begin_s - self._own_s(each, outlook)
-            if margin_s < 0:
-                return planned, each
-            heapq.heapreplace(free_s, begin_s + each.work_s)
-            planned.append(Planned(each, margin_s))
-        return planned, None
 
     def _own_s(self, waiting: Waiting, outlook: Outlook) -> float:
         return waiting.work_s * (1.0 + self._safety_errors * outlook.error) + self._safety_s
@@ -404,6 +443,3 @@ class AdmissionQueue:
         if share and self._served_classes.share(waiting.class_name) < share:
             weight = max(weight, self._weight_max)
         return weight / self._tenants.over_share(waiting.tenant)
-
-    def _rank(self, waiting: Waiting) -> tuple[float, float, str]:
-        return (waiting.work_s * self._tenants.over_share(waiting.tenant), waiting.arrived_s, waiting.request_id)
