@@ -16,8 +16,10 @@ from mooncake_connector.engines.vllm.params import read_params
 from mooncake_connector.kv.fingerprint import Fingerprint
 from mooncake_connector.kv.layout import KVLayout
 from mooncake_connector.kv.plan import Progress
-from mooncake_connector.router import bodies, legs
+from mooncake_connector.router import bodies
 from mooncake_connector.router import messages as placement
+from mooncake_connector.router.dialects import vllm
+from mooncake_connector.router.dialects.select import DIALECTS
 from mooncake_connector.transfer import messages as handoff
 from mooncake_store.directory import schema
 from mooncake_store.errors import MooncakeError, RemoteProtocolError
@@ -108,6 +110,8 @@ ANSWERS = (
 )
 INTRODUCTION = msgspec.json.encode({"id": "x", "choices": [{"text": "a"}], "kv_transfer_params": {
     "remote_engine_id": "e", "remote_addresses": ["tcp://10.0.0.1:1"], "block_size": 16, "do_remote_prefill": True}})
+SERVER_INFO = msgspec.json.encode({"disaggregation_mode": "prefill", "disaggregation_bootstrap_port": 8998,
+                                   "random_seed": 7, "startup_time": {"load": 1.5}, "internal_states": [{}]})
 PARAMS = msgspec.msgpack.encode({
     "do_remote_prefill": True, "do_remote_decode": False, "transfer_id": "t", "remote_engine_id": "e",
     "remote_addresses": ["tcp://10.0.0.1:1"], "publish": "layer", "introduce": False, "block_size": 16})
@@ -117,11 +121,19 @@ COMPLETION_BODY = msgspec.json.encode({"model": "m", "prompt": [1, 2, 3], "max_c
 
 
 def _introduction(data: bytes) -> bytes:
-    introduction = legs.read_introduction(data, ("m",))
+    introduction = vllm.read_introduction(data, ("m",))
     if introduction is None:
         raise NotAccepted("not a completion")
     return msgspec.json.encode({"kv_transfer_params": {"remote_engine_id": introduction.engine_id,
                                                        "remote_addresses": introduction.addresses}})
+
+
+def _server_info(data: bytes) -> bytes:
+    told = DIALECTS["sglang"].read_probe(data, url="http://10.0.0.1:1", models=("m",))
+    if told is None:
+        raise NotAccepted("not SGLang's settings")
+    port = int(told.addresses[0].rpartition(":")[2]) if told.addresses else 0
+    return msgspec.json.encode({"disaggregation_mode": told.half or "null", "disaggregation_bootstrap_port": port})
 
 
 def _params(data: bytes) -> bytes:
@@ -244,6 +256,7 @@ DECODERS = (
             _again(placement.decode_question, placement.encode)),
     Decoder("placement-answer", _encoded(ANSWERS, placement.encode), _again(placement.decode_answer, placement.encode)),
     Decoder("introduction", (INTRODUCTION,), _introduction, codec="json"),
+    Decoder("server-info", (SERVER_INFO,), _server_info, codec="json"),
     Decoder("transfer-params", (PARAMS,), _params, head=0, size_max_bytes=64 << 10),
     Decoder("chat-body", (CHAT_BODY,), _body(bodies.CHAT), codec="json"),
     Decoder("completion-body", (COMPLETION_BODY,), _body(bodies.COMPLETIONS), codec="json"),

@@ -25,6 +25,8 @@ BYTES_PER_TOKEN = 4
 
 _SCOPE_FIELDS = ("model", "tools", "cache_salt", "chat_template", "chat_template_kwargs")
 _PREFILL_DROPPED = ("stream_options", "min_tokens", "n", "logprobs", "top_logprobs", "kv_transfer_params")
+_ENGINE_FIELDS = ("kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disagg_prefill_dp_rank")
+"""Never taken from a client: they could make an engine connect to any address."""
 _TRUE = b"true"
 _NULL = b"null"
 _ONE = msgspec.Raw(b"1")
@@ -68,7 +70,7 @@ def read_ask(route: Route, data: bytes, *, min_split_tokens: int = 0) -> Ask | P
     """
     try:
         data.decode()  # raw values are not checked by the JSON decoder
-        body = _body_decoder.decode(data)
+        body = {name: value for name, value in _body_decoder.decode(data).items() if name not in _ENGINE_FIELDS}
         model = _read(body, "model", str) or ""
         is_stream = _read(body, "stream", bool) or False
         num_output = _read(body, "max_completion_tokens", int) or _read(body, "max_tokens", int) or 0

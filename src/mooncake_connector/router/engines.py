@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 
-from mooncake_connector.router.messages import Role
+from mooncake_connector.router.messages import EngineKind, Role
 from mooncake_store.errors import CapacityExceeded, LocalProtocolError
+
+Half = Literal["", "prefill", "decode"]
 
 ENGINES_MAX = 1024
 REPORT_FRESH_NS = 2_000_000_000
@@ -78,16 +80,20 @@ class Introduction(msgspec.Struct, frozen=True):
         models: names it serves, LoRA adapters included.
         engine_id: names one life of the engine; empty when it runs without our connector.
         addresses: where its workers hand over KV, one per TP rank; empty without our connector.
+        kind: whose engine it is; both engines of a hand-over are of one kind.
+        half: the only leg it can serve, as SGLang's prefill and decode servers; empty when it can run whole requests.
     """
 
     models: tuple[str, ...]
     engine_id: str = ""
     addresses: tuple[str, ...] = ()
+    kind: EngineKind = "vllm"
+    half: Half = ""
 
     @property
     def has_connector(self) -> bool:
         """Tell whether it can take part in a hand-over."""
-        return bool(self.engine_id and self.addresses)
+        return bool(self.half or (self.engine_id and self.addresses))
 
 
 class Engine(msgspec.Struct):
@@ -130,6 +136,16 @@ class Engine(msgspec.Struct):
         """Tell whether it can take part in a hand-over."""
         return self.introduction is not None and self.introduction.has_connector
 
+    @property
+    def kind(self) -> EngineKind:
+        """Return whose engine it is, as far as it told."""
+        return self.introduction.kind if self.introduction is not None else "vllm"
+
+    @property
+    def runs_whole(self) -> bool:
+        """Tell whether it can run a request without another engine."""
+        return self.introduction is None or not self.introduction.half
+
     def serves(self, model: str) -> bool:
         """Tell whether it serves a model; every engine serves the empty name."""
         return not model or (self.introduction is not None and model in self.introduction.models)
@@ -164,7 +180,7 @@ class EngineTable:
         return self._engines.get(url)
 
     def add(self, url: str, role: Role) -> Engine:
-        """Return the engine with this url, new or known; a known one takes the new role.
+        """Return the engine with this url, new or known; a known one takes the new role, if it can serve it.
 
         Raises:
             CapacityExceeded: when the table is full.
@@ -174,7 +190,7 @@ class EngineTable:
             if len(self._engines) >= ENGINES_MAX:
                 raise CapacityExceeded(f"{ENGINES_MAX} engines are registered", hint="unregister some")
             engine = self._engines[url] = Engine(url=url, role=role)
-        engine.role = role
+        engine.role = (engine.introduction.half if engine.introduction else "") or role
         return engine
 
     def remove(self, url: str) -> bool:
@@ -198,6 +214,7 @@ class EngineTable:
             return False
         previous = engine.introduction
         engine.introduction = introduction
+        engine.role = introduction.half or engine.role
         self._apply(url, EngineEvent.INTRODUCED)
         return previous is not None and previous.engine_id != introduction.engine_id
 

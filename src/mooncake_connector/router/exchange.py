@@ -7,7 +7,7 @@ The life of a request::
     place ─► prefill leg sent ─► decode leg sent ─► first byte ─► relay ─► finished
                │ unreachable        │ fails before its first byte
                ├► another prefill   └► place anew without that engine, once
-               └► decode alone
+               └► decode alone, or place anew where the engine cannot
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import aiohttp
 from aiohttp import web
 
 from mooncake_connector.router.answers import Problem, is_finished_stream, problem_event, problem_json
-from mooncake_connector.router.bodies import Ask, decode_body, hide_params, prefill_body
+from mooncake_connector.router.bodies import Ask, hide_params
+from mooncake_connector.router.dialects.select import dialect_of
 from mooncake_connector.router.legs import JSON, LegFailure, Legs, PrefillDone, PrefillLeg, StreamedAnswer, WholeAnswer
 from mooncake_connector.router.messages import Place, Placed, Refused
 from mooncake_connector.router.recovery import Patience, recovery_wait_s
@@ -35,6 +36,8 @@ DECODE_ATTEMPTS_MAX = 2
 CLIENT_GONE = Problem(500, "the client closed the connection")
 RETRY_AFTER_S = 1
 LAST_WORDS_S = 1.0
+LEGS_APART_S = 0.5
+"""When one leg of a pair failed, how long the other may take to say why, or to answer all the same."""
 
 Opened = StreamedAnswer | WholeAnswer | LegFailure
 
@@ -122,10 +125,11 @@ class Exchange:
                 return opened
             failure = opened
             excluded += (opened.url,)
-            self._note_decode_failure(opened)
+            if opened.url == placed.decode_url:
+                self._note_decode_failure(opened)
             if opened.kind == "timeout":
                 break
-            log.warning("request %s: decode on %s failed: %s", self._request_id, opened.url, opened.message)
+            log.warning("request %s: %s failed: %s", self._request_id, opened.url, opened.message)
         else:
             placed = None
         if failure is not None:
@@ -159,7 +163,11 @@ class Exchange:
         opened: Opened | None = None
         try:
             if placed.prefill_url:
-                placed = await self._send_prefill(placed)
+                sent = await self._send_prefill(placed)
+                if isinstance(sent, LegFailure):
+                    opened = sent
+                    return opened
+                placed = sent
             if not placed.prefill_url:
                 self._metrics.add("mooncake_router_colocated_total", reason=placed.reason)
             self._placed = placed
@@ -169,17 +177,16 @@ class Exchange:
             if opened is None or isinstance(opened, LegFailure):
                 self._finish(is_prefill_kept=False)
 
-    async def _send_prefill(self, placed: Placed) -> Placed:
+    async def _send_prefill(self, placed: Placed) -> Placed | LegFailure:
         """Send the prefill leg, to a second engine when the first cannot be reached; else give it up."""
         for _ in range(2):
-            assert placed.prefill_params is not None
-            body = prefill_body(self._ask, placed.prefill_params)
+            body = dialect_of(placed).prefill_body(self._ask, placed)
             leg = self._services.legs.start_prefill(placed.prefill_url, self._ask.route, body, self._headers)
             self._prefill = leg
             leg.task.add_done_callback(partial(self._prefill_over, leg, placed.transfer_id))
             if await leg.wait_sent():
                 return placed
-            self._prefill = None
+            self._prefill, failure = None, leg.outcome()
             again = self._placer.place_prefill_again(
                 placed.transfer_id, excluded=placed.prefill_url, now_ns=int(self._loop.time() * 1e9)
             )
@@ -187,6 +194,8 @@ class Exchange:
                 break
             self._metrics.add("mooncake_router_retries_total", leg="prefill")
             placed = again
+        if not dialect_of(placed).recovers and isinstance(failure, LegFailure):
+            return failure
         self._placer.finish(placed.transfer_id, "prefill")
         return self._colocated(placed, "prefill_unreachable")
 
@@ -199,7 +208,10 @@ class Exchange:
             return await self._open_decode(placed)
         decode = asyncio.create_task(self._open_decode(placed), name=f"decode {placed.decode_url}")
         try:
-            opened = await self._watch_both(decode, self._prefill)
+            if dialect_of(placed).recovers:
+                opened = await self._watch_both(decode, self._prefill)
+            else:
+                opened = await self._need_both(decode, self._prefill)
         except asyncio.CancelledError:
             _abandon(decode)
             raise
@@ -215,9 +227,10 @@ class Exchange:
         return await self._open_decode(self._placed)
 
     async def _open_decode(self, placed: Placed) -> Opened:
-        body = decode_body(self._ask, placed.decode_params)
+        dialect = dialect_of(placed)
+        body = dialect.decode_body(self._ask, placed)
         return await self._services.legs.open_decode(
-            placed.decode_url, self._ask.route, body, self._headers, is_stream=self._ask.is_stream
+            placed.decode_url, self._ask.route, body, self._headers, dialect=dialect, is_stream=self._ask.is_stream
         )
 
     async def _watch_both(self, decode: asyncio.Task[Opened], prefill: PrefillLeg) -> Opened | None:
@@ -245,6 +258,18 @@ class Exchange:
                     "request %s: prefill on %s failed: %s; waiting %.1f s for the decode engine to recover",
                     self._request_id, outcome.url, outcome.message, wait_s,
                 )  # fmt: skip
+
+    async def _need_both(self, decode: asyncio.Task[Opened], prefill: PrefillLeg) -> Opened:
+        """Return what the decode leg brought, or why the prefill leg failed: the decode engine cannot do without it."""
+        legs: set[asyncio.Task[Opened] | asyncio.Task[PrefillDone | LegFailure]] = {decode, prefill.task}
+        await asyncio.wait(legs, return_when=asyncio.FIRST_COMPLETED)
+        if isinstance(prefill.outcome(), LegFailure) or (decode.done() and isinstance(decode.result(), LegFailure)):
+            await asyncio.wait(legs, timeout=LEGS_APART_S)
+        outcome = prefill.outcome()
+        has_answer = decode.done() and not isinstance(decode.result(), LegFailure)
+        if isinstance(outcome, LegFailure) and not has_answer:
+            return outcome.complaint or outcome
+        return await decode
 
     def _prefill_over(self, leg: PrefillLeg, transfer_id: str, _task: object) -> None:
         """Account for a prefill leg that ended, whenever that is; it may outlive the exchange."""

@@ -15,6 +15,8 @@ import msgspec
 
 from mooncake_connector.router.answers import is_json
 from mooncake_connector.router.config import RouterConfig
+from mooncake_connector.router.dialects.base import Dialect
+from mooncake_connector.router.dialects.vllm import read_introduction
 from mooncake_connector.router.engines import Introduction
 
 log = logging.getLogger(__name__)
@@ -80,38 +82,12 @@ class StreamedAnswer:
         self._response.close()
 
 
-class _KvParams(msgspec.Struct):
-    remote_engine_id: str = ""
-    remote_addresses: tuple[str, ...] = ()
-
-
-class _PrefillAnswer(msgspec.Struct):
-    kv_transfer_params: _KvParams | None = None
-
-
-_prefill_decoder = msgspec.json.Decoder(_PrefillAnswer)
-
-
 class PrefillDone(NamedTuple):
     """A prefill leg that succeeded; ``introduction`` has no models and is None without the connector's params."""
 
     url: str
     duration_s: float
     introduction: Introduction | None
-
-
-def read_introduction(data: bytes, models: tuple[str, ...]) -> Introduction | None:
-    """Return what a completion's ``kv_transfer_params`` tell of the engine; None when it is not a completion.
-
-    An engine without our connector is introduced without id and addresses.
-    """
-    try:
-        params = _prefill_decoder.decode(data).kv_transfer_params
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
-        return None
-    if params is None:
-        return Introduction(models=models)
-    return Introduction(models=models, engine_id=params.remote_engine_id, addresses=params.remote_addresses)
 
 
 class PrefillLeg:
@@ -198,7 +174,7 @@ class Legs:
             return LegFailure("lost" if leg.is_sent else "unsent", leg.url, _describe(error))
 
     async def open_decode(
-        self, url: str, route: str, body: bytes, headers: Mapping[str, str], *, is_stream: bool
+        self, url: str, route: str, body: bytes, headers: Mapping[str, str], *, dialect: Dialect, is_stream: bool
     ) -> StreamedAnswer | WholeAnswer | LegFailure:
         """Send a decode request; return when the first byte of a stream, or the whole of another answer, is here."""
         limit_s = self._config.first_byte_timeout_s if is_stream else self._config.total_timeout_s
@@ -207,7 +183,7 @@ class Legs:
         try:
             async with asyncio.timeout(limit_s):
                 response = await self._decode_session.post(url + route, data=body, headers=headers)
-                answer = await _first_of(response, url, is_stream=is_stream)
+                answer = await _first_of(response, url, dialect, is_stream=is_stream)
             is_kept = isinstance(answer, StreamedAnswer)
             return answer
         except TimeoutError as error:
@@ -237,12 +213,15 @@ class Legs:
 
 
 async def _first_of(
-    response: aiohttp.ClientResponse, url: str, *, is_stream: bool
+    response: aiohttp.ClientResponse, url: str, dialect: Dialect, *, is_stream: bool
 ) -> StreamedAnswer | WholeAnswer | LegFailure:
     if is_stream and response.status == 200:
         first = await response.content.readany()
         if not first:
             return LegFailure("lost", url, "the stream ended before its first byte")
+        failure = dialect.stream_failure(first)
+        if failure is not None and failure.status >= 500:
+            return LegFailure("refused", url, f"HTTP {failure.status}: {failure.message[:500]}", failure.status)
         return StreamedAnswer(response, first)
     body = await response.read()
     if response.status >= 500:
@@ -277,12 +256,16 @@ class _EngineError(msgspec.Struct):
 
 
 class _EngineErrorAnswer(msgspec.Struct):
-    error: _EngineError
+    """OpenAI's shape, or SGLang's: the message beside everything else."""
+
+    error: _EngineError | None = None
+    message: str = ""
 
 
 def _summary(status: int, body: bytes) -> str:
     try:
-        text = msgspec.json.decode(body, type=_EngineErrorAnswer).error.message
+        answer = msgspec.json.decode(body, type=_EngineErrorAnswer)
+        text = answer.error.message if answer.error is not None else answer.message
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         text = body[:200].decode("utf-8", "replace").strip()
     return f"HTTP {status}: {text[:500]}" if text else f"HTTP {status}"

@@ -34,6 +34,7 @@ Hashes = Annotated[tuple[Hash, ...], msgspec.Meta(max_length=HASHES_MAX)]
 ExcludedUrls = Annotated[tuple[Url, ...], msgspec.Meta(max_length=ENGINES_EXCLUDED_MAX)]
 Role = Literal["prefill", "decode", "both"]
 Leg = Literal["prefill", "decode", "both"]
+EngineKind = Literal["vllm", "sglang"]
 Outcome = Literal["ok", "failed", "aborted"]
 
 
@@ -53,6 +54,14 @@ class DecodeParams(msgspec.Struct, frozen=True):
     transfer_id: str
     remote_engine_id: str
     remote_addresses: tuple[str, ...]
+
+
+class Bootstrap(msgspec.Struct, frozen=True):
+    """Where an SGLang pair meets: the prefill server's bootstrap service, and the room that names the transfer."""
+
+    bootstrap_host: str
+    bootstrap_port: int
+    bootstrap_room: int
 
 
 class Register(msgspec.Struct, frozen=True, array_like=True, tag="register"):
@@ -114,8 +123,8 @@ class Finished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):
 class Placed(msgspec.Struct, frozen=True, array_like=True, tag="placed"):
     """Where to send a request.
 
-    ``prefill_url`` is empty and both params are None when the request runs whole on ``decode_url``; ``reason`` says
-    why.
+    ``prefill_url`` is empty, and params and ``bootstrap`` are None, when the request runs whole on ``decode_url``;
+    ``reason`` says why. A pair of SGLang servers has ``bootstrap``, any other has params.
     """
 
     request_id: str
@@ -125,6 +134,7 @@ class Placed(msgspec.Struct, frozen=True, array_like=True, tag="placed"):
     prefill_params: PrefillParams | None = None
     decode_params: DecodeParams | None = None
     reason: str = ""
+    bootstrap: Bootstrap | None = None
 
 
 class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):

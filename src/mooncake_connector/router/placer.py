@@ -11,9 +11,10 @@ from collections.abc import Iterable
 
 import msgspec
 
+from mooncake_connector.router.dialects.select import DIALECTS
 from mooncake_connector.router.engines import PREFERENCE, Engine, EngineTable, Introduction
 from mooncake_connector.router.load import DecodeLoad, PrefillLoad
-from mooncake_connector.router.messages import DecodeParams, Leg, Place, Placed, PrefillParams, Refused
+from mooncake_connector.router.messages import Leg, Place, Placed, Refused
 from mooncake_connector.router.policy import (
     Candidate,
     Choice,
@@ -27,7 +28,6 @@ from mooncake_connector.router.policy import (
 )
 from mooncake_connector.router.predictor import Predictor
 from mooncake_connector.router.prefix_index import PrefixIndex
-from mooncake_store.errors import LocalProtocolError
 
 OPEN_PLACEMENTS_MAX = 65_536
 OUTPUT_TOKENS_UNKNOWN = 256
@@ -138,9 +138,10 @@ class Placer:
             choice = choose_one(candidates, self.policy, demand, reason=colocated_reason)
         else:
             choice = choose_pair(candidates, self.policy, demand)
-        if choice is None:
-            raise LocalProtocolError("the policy found no engine among some")
-        return choice
+        if choice is None and colocated_reason:
+            able = [each for each in candidates if colocated_reason not in DIALECTS[each.kind].unsplittable]
+            choice = choose_pair(able, self.policy, demand)
+        return choice or _half_refusal(place, serving, colocated_reason)
 
     def commit(self, place: Place, transfer_id: str, choice: Choice, *, now_ns: int) -> Placed | Refused:
         """Count a request's work on the engines proposed for it.
@@ -164,11 +165,13 @@ class Placer:
         opened = self._open.get(transfer_id)
         if opened is None:
             return None
+        decode = self.table.get(opened.decode_url)
+        kind = decode.kind if decode is not None else None
         banned = (*opened.place.excluded, excluded, opened.decode_url)
         serving = [
             each
             for each in self.table
-            if each.is_usable and each.url not in banned and each.serves(opened.place.model)
+            if each.is_usable and each.url not in banned and each.serves(opened.place.model) and each.kind == kind
         ]
         start = choose_prefill(
             self._candidates(serving, opened.place, now_ns), self.policy, self._demand(opened.place, now_ns)
@@ -271,6 +274,8 @@ class Placer:
                     queue_s=work.prefill.queue_s(now_s),
                     context_tokens=work.decode.num_tokens,
                     capacity_tokens=engine.capacity_tokens,
+                    kind=engine.kind,
+                    runs_whole=engine.runs_whole,
                 )
             )
         return candidates
@@ -358,20 +363,8 @@ class Placer:
         source = self.table.get(opened.prefill_url) if opened.prefill_url else None
         if source is None or source.introduction is None:
             return Placed(request_id, "", opened.decode_url, transfer_id, reason=reason)
-        return Placed(
-            request_id,
-            source.url,
-            opened.decode_url,
-            transfer_id,
-            PrefillParams(do_remote_decode=True, do_remote_prefill=False, transfer_id=transfer_id),
-            DecodeParams(
-                do_remote_prefill=True,
-                do_remote_decode=False,
-                transfer_id=transfer_id,
-                remote_engine_id=source.introduction.engine_id,
-                remote_addresses=source.introduction.addresses,
-            ),
-        )
+        placed = Placed(request_id, source.url, opened.decode_url, transfer_id)
+        return DIALECTS[source.kind].pair(source.introduction, transfer_id, placed)
 
 
 def _refusal(place: Place, table: Iterable[Engine], usable: list[Engine]) -> Refused:
@@ -385,3 +378,17 @@ def _refusal(place: Place, table: Iterable[Engine], usable: list[Engine]) -> Ref
     known = ", ".join(models[:16]) or "none"
     return Refused(place.request_id, "no_model", f"the model {place.model!r} does not exist; served here: {known}")
 
+
+def _half_refusal(place: Place, serving: list[Engine], colocated_reason: str) -> Refused:
+    """Say why nothing can be done though there are servers: each does only its half of a request."""
+    if colocated_reason:
+        return Refused(
+            place.request_id,
+            "no_engine",
+            f"this request cannot be split ({colocated_reason}), and every server for it does only its half; give the "
+            "router one that runs whole requests",
+        )
+    states = ", ".join(f"{each.url} ({each.role}) is {each.state.value}" for each in serving[:8])
+    return Refused(
+        place.request_id, "no_engine", f"no prefill and decode server can take the request together: {states}"
+    )

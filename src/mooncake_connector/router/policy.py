@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from mooncake_connector.router.messages import Role
+from mooncake_connector.router.messages import EngineKind, Role
 from mooncake_connector.router.predictor import Predictor
 
 PREFERENCE_LAST_RESORT = 2
@@ -37,6 +37,8 @@ class Candidate(NamedTuple):
         queue_s: predicted seconds until it could begin another prefill.
         context_tokens: KV memory that running and expected requests need for decoding.
         capacity_tokens: KV memory that there is; 0 when unknown.
+        kind: whose engine it is; a pair is of one kind.
+        runs_whole: whether it can run a request without another engine.
     """
 
     url: str
@@ -51,11 +53,18 @@ class Candidate(NamedTuple):
     queue_s: float = 0.0
     context_tokens: int = 0
     capacity_tokens: int = 0
+    kind: EngineKind = "vllm"
+    runs_whole: bool = True
 
     @property
     def is_healthy(self) -> bool:
         """Tell whether it is more than a last resort."""
         return self.preference < PREFERENCE_LAST_RESORT
+
+    @property
+    def is_worth_a_pair(self) -> bool:
+        """Tell whether to hand over to or from it: not when it may fail and another engine can do without it."""
+        return self.is_healthy or not self.runs_whole
 
 
 class Demand(NamedTuple):
@@ -141,22 +150,23 @@ def choose_prefill(
     An engine that is merely a last resort is not worth a hand-over: the decode engine computes the prompt instead.
     """
     usable = _best([each for each in candidates if each.role != "decode" and each.has_connector])
-    return (policy or DEFAULT_POLICY).start(demand, usable) if usable and usable[0].is_healthy else None
+    usable = [each for each in usable if each.is_worth_a_pair]
+    return (policy or DEFAULT_POLICY).start(demand, usable) if usable else None
 
 
 def choose_pair(
     candidates: Sequence[Candidate], policy: Policy | None = None, demand: Demand = NO_DEMAND
 ) -> Choice | None:
-    """Return a pair, or one engine for both legs when no pair can be made, or None without candidates.
+    """Return a pair, or one engine for both legs when no pair can be made, or None when neither can be had.
 
-    An engine is never paired with itself.
+    An engine is never paired with itself, nor with one of another kind.
     """
     policy = policy or DEFAULT_POLICY
-    start = choose_prefill(candidates, policy, demand)
+    start = choose_prefill(_with_partner(candidates), policy, demand)
     if start is None:
         return choose_one(candidates, policy, demand, reason="no_prefill")
-    others = _best([each for each in candidates if each.role != "prefill" and each.url != start.engine.url])
-    if not others or not others[0].is_healthy:
+    others = _best([each for each in candidates if _may_decode_for(start.engine, each) and each.is_worth_a_pair])
+    if not others:
         return choose_one(candidates, policy, demand, reason="no_decode")
     decode = policy.decode(demand, others, start)
     if not decode.has_connector:
@@ -168,6 +178,7 @@ def choose_one(
     candidates: Sequence[Candidate], policy: Policy | None = None, demand: Demand = NO_DEMAND, *, reason: str
 ) -> Choice | None:
     """Return one engine for both legs: a decode engine, or any healthier one when no decode engine is healthy."""
+    candidates = [each for each in candidates if each.runs_whole]
     best = _best([each for each in candidates if each.role != "prefill"])
     if not best or not best[0].is_healthy:
         best = _best(candidates)
@@ -175,6 +186,18 @@ def choose_one(
         return None
     start = (policy or DEFAULT_POLICY).start(demand, best)
     return Choice(None, start.engine, reason, start)
+
+
+def _may_decode_for(prefill: Candidate, other: Candidate) -> bool:
+    return other.role != "prefill" and other.url != prefill.url and other.kind == prefill.kind
+
+
+def _with_partner(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    """Return those that have somebody to hand over to; all when there is but one kind, or nobody has."""
+    if len({each.kind for each in candidates}) < 2:
+        return candidates
+    paired = [each for each in candidates if any(_may_decode_for(each, other) for other in candidates)]
+    return paired or candidates
 
 
 def _best(candidates: Sequence[Candidate]) -> Sequence[Candidate]:

@@ -2,8 +2,8 @@
 
 Threads: one asyncio loop.
 
-Per engine one task: ``GET /health`` and ``GET /v1/models`` every few seconds; the one-token introduction request when
-the engine is new, came back, or failed a leg.
+Per engine one task: ``GET /v1/models`` and its dialect's health check every few seconds, and its dialect's introduction
+when the engine is new, came back, or failed a leg.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import aiohttp
 import msgspec
 
 from mooncake_connector.router.config import RouterConfig
+from mooncake_connector.router.dialects.base import Dialect
+from mooncake_connector.router.dialects.select import DEFAULT, DIALECTS, recognise
 from mooncake_connector.router.engines import Engine, EngineEvent, EngineState, Introduction
-from mooncake_connector.router.legs import Legs, PrefillDone, read_introduction
+from mooncake_connector.router.legs import Legs, PrefillDone
 from mooncake_connector.router.messages import Role
 from mooncake_connector.router.placer import Placer
 from mooncake_store.metrics import Metrics
@@ -39,25 +41,13 @@ class _ModelsAnswer(msgspec.Struct):
     data: list[msgspec.Raw]
 
 
-class _IntroductionParams(msgspec.Struct):
-    introduce: bool = True
-
-
-class _IntroductionBody(msgspec.Struct):
-    model: str
-    kv_transfer_params: _IntroductionParams
-    prompt: str = "Hello"
-    max_tokens: int = 1
-    temperature: float = 0.0
-    stream: bool = False
-
-
 class _Checked(NamedTuple):
     """Result of one check: ``problem`` is empty when the engine is healthy."""
 
     problem: str
     is_gone: bool
     cards: dict[str, bytes]
+    dialect: Dialect = DIALECTS[DEFAULT]
 
 
 class EngineWatch:
@@ -168,7 +158,7 @@ class EngineWatch:
                     next_progress_s = loop.time() + PROGRESS_EVERY_S
             else:
                 num_failures = 0
-                await self._note_healthy(engine, checked.cards)
+                await self._note_healthy(engine, checked)
             self._note_round(url)
             await self._rest(wake, is_away=engine.state in (EngineState.UNKNOWN, EngineState.DOWN))
 
@@ -190,11 +180,11 @@ class EngineWatch:
         except TimeoutError:
             pass
 
-    async def _note_healthy(self, engine: Engine, cards: dict[str, bytes]) -> None:
-        self._cards[engine.url] = cards
-        models = tuple(cards)
+    async def _note_healthy(self, engine: Engine, checked: _Checked) -> None:
+        self._cards[engine.url] = checked.cards
+        models = tuple(checked.cards)
         if engine.state in (EngineState.UNKNOWN, EngineState.SUSPECT, EngineState.DOWN):
-            introduction = await self._ask_introduction(engine.url, models)
+            introduction = await self._ask_introduction(engine, models, checked.dialect)
             if introduction is None:
                 return
             self._introduce(engine, introduction)
@@ -206,15 +196,18 @@ class EngineWatch:
         """Ask an engine whether it is well and what it serves."""
         try:
             async with asyncio.timeout(self._config.health_timeout_s):
-                async with self._legs.session.get(f"{url}/health", headers=self._headers) as response:
-                    if response.status != 200:
-                        return _Checked(f"/health answers {response.status}", False, {})
                 async with self._legs.session.get(f"{url}/v1/models", headers=self._headers) as response:
                     if response.status != 200:
                         return _Checked(f"/v1/models answers {response.status}", False, {})
                     data = await response.read()
-            raw_cards = msgspec.json.decode(data, type=_ModelsAnswer).data[:MODELS_MAX]
-            return _Checked("", False, {msgspec.json.decode(raw, type=_ModelCard).id: bytes(raw) for raw in raw_cards})
+                raw_cards = msgspec.json.decode(data, type=_ModelsAnswer).data[:MODELS_MAX]
+                dialect = DIALECTS[recognise(bytes(raw_cards[0])) if raw_cards else DEFAULT]
+                path = dialect.health_path
+                async with self._legs.session.get(url + path, headers=self._headers) as response:
+                    if response.status != 200:
+                        return _Checked(f"{path} answers {response.status}", False, {})
+            cards = {msgspec.json.decode(raw, type=_ModelCard).id: bytes(raw) for raw in raw_cards}
+            return _Checked("", False, cards, dialect)
         except aiohttp.ClientConnectorError as error:
             return _Checked(str(error), True, {})
         except TimeoutError:
@@ -222,28 +215,36 @@ class EngineWatch:
         except (aiohttp.ClientError, OSError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return _Checked(f"{type(error).__name__}: {error}", False, {})
 
-    async def _ask_introduction(self, url: str, models: tuple[str, ...]) -> Introduction | None:
-        """Send the one-token introduction request; None when the engine did not answer it properly."""
+    async def _ask_introduction(
+        self, engine: Engine, models: tuple[str, ...], dialect: Dialect
+    ) -> Introduction | None:
+        """Make an engine tell who it is; None when it did not answer properly, or cannot do what it was given for."""
+        url = engine.url
         if not models:
             log.warning("engine %s serves no model; waiting for one", url)
             return None
-        body = msgspec.json.encode(_IntroductionBody(model=models[0], kv_transfer_params=_IntroductionParams()))
-        problem = "the answer is not a completion"
+        probe = dialect.probe(models)
+        problem = f"its answer to {probe.path} makes no sense"
         introduction = None
         try:
             async with (
                 asyncio.timeout(self._config.introduction_timeout_s),
-                self._legs.session.post(f"{url}/v1/completions", data=body, headers=self._headers) as response,
+                self._legs.session.request(
+                    probe.method, url + probe.path, data=probe.body, headers=self._headers
+                ) as response,
             ):
                 data = await response.read()
                 if response.status == 200:
-                    introduction = read_introduction(data, models)
+                    introduction = dialect.read_probe(data, url=url, models=models)
                 else:
                     problem = f"HTTP {response.status}: {data[:200]!r}"
         except TimeoutError:
             problem = f"no answer within {self._config.introduction_timeout_s:g} s"
         except (aiohttp.ClientError, OSError) as error:
             problem = f"{type(error).__name__}: {error}"
+        if introduction is not None and introduction.half and engine.role not in ("both", introduction.half):
+            problem = f"it is given as --{engine.role} and runs as a {introduction.half} server"
+            introduction = None
         if introduction is None:
             self._metrics.add("mooncake_router_introductions_total", result="failed")
             log.warning("engine %s could not be introduced: %s", url, problem)
@@ -257,14 +258,15 @@ class EngineWatch:
         models = ", ".join(introduction.models[:4])
         if not introduction.has_connector:
             log.info(
-                "engine %s (%s) runs without MooncakeKVConnector: it serves %s, whole requests only, no hand-over",
-                engine.url, engine.role, models,
+                "engine %s (%s, %s) runs without %s: it serves %s, whole requests only, no hand-over",
+                engine.url, introduction.kind, engine.role, DIALECTS[introduction.kind].connector, models,
             )  # fmt: skip
         elif not is_same:
             log.info(
-                "engine %s (%s) %s: serves %s, hands over at %s",
-                engine.url, engine.role, "came back as a new process" if is_new_life else "is introduced",
-                models, ", ".join(introduction.addresses[:4]),
+                "engine %s (%s, %s) %s: serves %s, hands over at %s",
+                engine.url, introduction.kind, engine.role,
+                "came back as a new process" if is_new_life else "is introduced", models,
+                ", ".join(introduction.addresses[:4]) or "no address of its own",
             )  # fmt: skip
 
     def _observe(self, url: str, event: EngineEvent, message: str) -> None:
