@@ -8,6 +8,7 @@ import pytest
 
 from contract.test_handoff import BLOCKS, FINGERPRINT, LAYERS, Engine
 from mooncake_connector.kv.keys import pool_keys
+from mooncake_connector.transfer.prefix import SAVE_BATCH_BLOCKS
 from mooncake_connector.transfer.steps import Finished, PoolLoad, PoolSave, StepPlan
 
 NAMESPACE = FINGERPRINT.namespace()
@@ -107,6 +108,24 @@ def test_a_preempted_request_never_stores_what_came_after_it(pair):
         assert_same(source, target, [(i, place) for place, i in enumerate(have)])
         source.cache = now
     assert target.results.bad_blocks == set()
+
+
+def test_a_preemption_waits_for_the_batch_being_copied_and_for_no_other(pair):
+    source, _ = pair()
+    started, gate, calls, put = threading.Event(), threading.Event(), [], source.endpoint.client.put
+    source.endpoint.client.put = lambda keys, *args: (calls.append(keys), started.set(), gate.wait(5),
+                                                      put(keys, *args))[3]
+    source.step(save("abcdefghijkl", range(12), "r"))
+    assert started.wait(5)
+    preempted = threading.Thread(target=lambda: source.endpoint.before_step(StepPlan(preempted=["r"])))
+    preempted.start()
+    time.sleep(0.05)
+    assert preempted.is_alive(), "its blocks are still being read"
+    gate.set()
+    preempted.join(5)
+    source.step(StepPlan(finished=[Finished("r", "", False, True, 12)]))
+    source.until(lambda r: r.sent == {"r"})
+    assert [len(keys) for keys in calls] == [SAVE_BATCH_BLOCKS]
 
 
 def test_a_full_queue_skips_and_counts_instead_of_waiting(pair):

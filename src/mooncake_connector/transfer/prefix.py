@@ -15,17 +15,18 @@ from __future__ import annotations
 import collections
 import logging
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from mooncake_connector.kv.keys import PromptKeys
 from mooncake_connector.transfer.holds import Holds, Why
 from mooncake_connector.transfer.memory import PageReader
+from mooncake_connector.transfer.pool import Locate, PoolBlocks
 from mooncake_connector.transfer.steps import PoolLoad, PoolSave, StepPlan, StepResults
 from mooncake_store.client import StoreClient
 from mooncake_store.directory.base import Directory
 from mooncake_store.metrics import Metrics
+from mooncake_store.types import BlockKey
 
 logger = logging.getLogger(__name__)
 
@@ -95,14 +96,15 @@ class PoolWorker:
         self._holds = holds
         self._lock = lock
         self._queue_max_blocks = queue_max_blocks
-        self._pull_timeout_s = pull_timeout_s
         self._metrics = metrics
+        self._blocks = PoolBlocks(client, metrics=metrics, timeout_s=pull_timeout_s)
         self._on_news = on_news
         self._queue: collections.deque[PoolSave] = collections.deque()
         self._num_queued = 0
         self._pending: collections.Counter[str] = collections.Counter()
         self._wake = threading.Condition(lock)
         self._copying = ""
+        self._is_cut = False
         self._results = StepResults()
         self._stopping = False
         self._loaders = ThreadPoolExecutor(LOADERS_MAX, thread_name_prefix="mooncake-load")
@@ -123,6 +125,7 @@ class PoolWorker:
                     self._finish_job(job.request_id, len(job.block_ids))
                     self._metrics.add("mooncake_save_blocks_total", len(job.block_ids), result="preempted")
             self._queue = collections.deque(kept)
+            self._is_cut = self._copying in gone
             while self._copying in gone:
                 self._wake.wait(timeout=1.0)
 
@@ -143,6 +146,11 @@ class PoolWorker:
         """Start loading. Returns at once."""
         for load in plan.pool_loads:
             self._loaders.submit(self._load, load)
+
+    def fill(self, keys: list[BlockKey], block_ids: list[int]) -> list[int]:
+        """Load blocks, waiting until done; return those that were not filled. Threads: any."""
+        is_there = self._blocks.load(keys, self._locate(block_ids))
+        return [block for block, is_here in zip(block_ids, is_there, strict=True) if not is_here]
 
     def take_results(self) -> StepResults:
         """Return the loads that ended since the last call."""
@@ -170,18 +178,15 @@ class PoolWorker:
                 job = self._queue.popleft()
                 self._copying = job.request_id
             batch, rest = self._split(job)
-            try:
-                self._save(batch)
-            except Exception:
-                logger.exception("could not save %d blocks; they are not in the pool", len(batch.block_ids))
-                self._metrics.add("mooncake_save_blocks_total", len(batch.block_ids), result="error")
+            self._blocks.save(batch.keys[self._rank], self._locate(batch.block_ids))
             with self._wake:
                 self._copying = ""
-                if rest is not None:
+                if rest is not None and not self._is_cut:
                     self._queue.appendleft(rest)
                     self._num_queued -= len(batch.block_ids)
                 else:
-                    self._finish_job(job.request_id, len(batch.block_ids))
+                    self._finish_job(job.request_id, len(job.block_ids))
+                    self._is_cut = False
                 self._metrics.set("mooncake_save_queue_blocks", self._num_queued)
                 self._wake.notify_all()
 
@@ -192,19 +197,8 @@ class PoolWorker:
         return (PoolSave(job.request_id, [keys[:n] for keys in job.keys], job.block_ids[:n]),
                 PoolSave(job.request_id, [keys[n:] for keys in job.keys], job.block_ids[n:]))
 
-    def _save(self, job: PoolSave) -> None:
-        keys = job.keys[self._rank]
-        wanted = [i for i, key in enumerate(keys) if not self._client.has(key)]
-        if len(wanted) < len(keys):
-            self._metrics.add("mooncake_save_blocks_total", len(keys) - len(wanted), result="present")
-        if not wanted:
-            return
-        chosen = [keys[i] for i in wanted]
-        stored = self._client.put(chosen, self._pages.scatters([job.block_ids[i] for i in wanted]))
-        self._metrics.add("mooncake_save_blocks_total", sum(stored), result="stored")
-        if not all(stored):
-            self._metrics.add("mooncake_save_blocks_total", len(stored) - sum(stored), result="no_room")
-        self._client.replicate([key for key, is_stored in zip(chosen, stored, strict=True) if is_stored])
+    def _locate(self, block_ids: list[int]) -> Locate:
+        return lambda positions: self._pages.scatters([block_ids[i] for i in positions])
 
     def _finish_job(self, request_id: str, num_blocks: int) -> None:
         self._num_queued -= num_blocks
@@ -216,20 +210,13 @@ class PoolWorker:
     # ---- loader threads
 
     def _load(self, load: PoolLoad) -> None:
-        started_ns = time.monotonic_ns()
         bad_blocks = list(load.block_ids)
         try:
             self._client.directory.wait_revision(load.revision, REVISION_WAIT_S)
-            outcomes = self._client.get(load.keys[self._rank], self._pages.scatters(load.block_ids),
-                                        deadline_ns=started_ns + int(self._pull_timeout_s * 1e9))
-            bad_blocks = [block for block, outcome in zip(load.block_ids, outcomes, strict=True)
-                          if outcome.result != "ok"]
-            for outcome in outcomes:
-                self._metrics.add("mooncake_load_blocks_total", result=outcome.result)
+            bad_blocks = self.fill(load.keys[self._rank], load.block_ids)
         except Exception:
             logger.exception("pool load of request %s failed; it is computed instead", load.request_id)
             self._metrics.add("mooncake_load_blocks_total", len(load.block_ids), result="error")
-        self._metrics.observe("mooncake_load_seconds", (time.monotonic_ns() - started_ns) / 1e9)
         if bad_blocks:
             logger.warning("request %s: %d of %d blocks were not in the pool any more", load.request_id,
                            len(bad_blocks), len(load.block_ids))

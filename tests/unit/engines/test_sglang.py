@@ -47,7 +47,7 @@ def server_args(model="org/model", **changes):
 
 def test_every_page_is_where_sglang_says(buffers):
     args = cache_args(buffers)
-    cache = describe.cache_memory(args, server_args(), tensor_parallel=1)
+    cache = describe.cache_memory(describe.Buffers.of_transfer(args), server_args(), tensor_parallel=1)
     offsets = cache.layout.page_offsets([0, 3, PAGES - 1])
     for layer, address in enumerate(args.kv_data_ptrs):
         for column, page in enumerate((0, 3, PAGES - 1)):
@@ -58,12 +58,15 @@ def test_every_page_is_where_sglang_says(buffers):
 
 def test_what_separates_two_caches_separates_their_names(buffers, tmp_path):
     def named(tp=1, server=None, **changes):
-        cache = describe.cache_memory(cache_args(buffers, **changes), server or server_args(), tensor_parallel=tp)
+        found = describe.Buffers.of_transfer(cache_args(buffers, **changes))
+        cache = describe.cache_memory(found, server or server_args(), tensor_parallel=tp)
         return cache.fingerprint.namespace()
 
     (tmp_path / "config.json").write_text('{"hidden_size": 8}')
     names = [named(), named(tp=2), named(kv_cache_dtype_str="fp8_e5m2"), named(page_size=32), named(kv_layout="hnd"),
              named(server=server_args("org/other")), named(server=server_args(dtype="bfloat16")),
+             named(server=server_args(revision="v2")), named(server=server_args(quantization="fp8")),
+             named(server=server_args(json_model_override_args='{"rope_theta": 2}')),
              named(server=server_args(str(tmp_path)))]
     assert len(set(names)) == len(names)
 
@@ -80,6 +83,25 @@ def test_what_separates_two_caches_separates_their_names(buffers, tmp_path):
 def test_what_cannot_be_handed_over_is_refused_at_start_by_name(buffers, changes, server, is_mla, word):
     with pytest.raises(ConfigError, match=word):
         describe.require_supported(cache_args(buffers, **changes), server_args(**server), is_mla=is_mla)
+
+
+def device_pool(buffers, infos=None, error=None):
+    def get_contiguous_buf_infos():
+        if error:
+            raise error
+        return infos or ([ctypes.addressof(b) for b in buffers], [PAGE_BYTES * PAGES] * 4, [PAGE_BYTES] * 4)
+    return types.SimpleNamespace(get_contiguous_buf_infos=get_contiguous_buf_infos, dtype="torch.float32")
+
+
+def test_a_device_pool_is_read_the_same_way(buffers):
+    found = describe.Buffers.of_pool(device_pool(buffers), 16)
+    args = cache_args(buffers, kv_cache_dtype_str="torch.float32")
+    assert found._replace(owner=None) == describe.Buffers.of_transfer(args)._replace(owner=None)
+
+
+def test_a_device_pool_that_is_not_laid_out_by_layers_is_refused(buffers):
+    with pytest.raises(ConfigError, match="layer by layer: page-major"):
+        describe.Buffers.of_pool(device_pool(buffers, error=NotImplementedError("page-major")), 16)
 
 
 def test_an_ordinary_cache_is_not_refused(buffers):

@@ -9,9 +9,12 @@ import importlib.metadata
 import logging
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mooncake_store.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
 logger = logging.getLogger(__name__)
 
@@ -76,3 +79,22 @@ def add_transfer_backend(name: str, classes: Classes) -> None:
     utils.TransferBackend._value2member_map_[name] = member
     if name not in choices.DISAGG_TRANSFER_BACKEND_CHOICES:
         choices.add_disagg_transfer_backend_choices([name])
+
+
+def is_true_on_all_ranks(answer: bool, params: CacheInitParams) -> bool:
+    """Tell whether every rank that shares this cache's requests says so; every rank must ask.
+
+    The groups are those over which SGLang's own cache agrees (mem_cache/unified_radix_cache.py
+    _all_reduce_attn_groups); of a single rank there is none.
+    """
+    import torch
+    from torch import distributed
+
+    groups = [group for group in (params.attn_cp_cache_group, params.attn_tp_cache_group)
+              if group is not None and distributed.get_world_size(group=group) > 1]
+    if not groups and params.tp_cache_group is not None and distributed.get_world_size(group=params.tp_cache_group) > 1:
+        groups = [params.tp_cache_group]
+    votes = torch.tensor([int(answer)], dtype=torch.int)
+    for group in groups:
+        distributed.all_reduce(votes, op=distributed.ReduceOp.MIN, group=group)
+    return bool(votes.item())

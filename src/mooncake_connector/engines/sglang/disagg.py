@@ -66,7 +66,8 @@ class PullManager(CommonKVManager):
         config = load_config(ConnectorConfig)
         set_up_logging(config.log_level)
         describe.require_supported(args, server_args, is_mla=bool(is_mla_backend))
-        cache = describe.cache_memory(args, server_args, tensor_parallel=get_parallel().attn_tp_size)
+        cache = describe.cache_memory(describe.Buffers.of_transfer(args), server_args,
+                                      tensor_parallel=get_parallel().attn_tp_size)
         self._page_size = int(args.page_size)
         self._rows = MetadataRows(args)
         self._outgoing: dict[int, Outgoing] = {}

@@ -12,17 +12,18 @@ model, the element type, the layout or the parallel sizes; the fingerprint, whic
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage
+from sglang.srt.runtime_context import get_server_args
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.engines.sglang import describe
 from mooncake_connector.kv.keys import pool_keys
 from mooncake_connector.metrics import CONNECTOR_METRICS
+from mooncake_connector.transfer.pool import Locate, PoolBlocks
 from mooncake_store.client import Scatter, StoreClient
 from mooncake_store.config import load_config
 from mooncake_store.errors import ConfigError, LocalProtocolError
@@ -66,6 +67,7 @@ class PoolStorage(HiCacheStorage):
         self._metrics = Metrics(STORE_METRICS, CONNECTOR_METRICS)
         self._namespace = b""
         self._client: StoreClient | None = None
+        self._blocks: PoolBlocks | None = None
 
     def _require_supported(self) -> None:
         problems = [f"{name} is {getattr(self._rank, name)}" for name in ("pp_size", "attn_cp_size", "dcp_size")
@@ -86,12 +88,14 @@ class PoolStorage(HiCacheStorage):
         pool, rank = mem_pool_host, self._rank
         page_bytes = sum(int(size) for size in pool.get_page_buffer_meta(np.arange(pool.page_size))[1])
         marks = describe.fingerprint(
-            str(rank.model_name), "-", dtype=str(pool.dtype), cache_dtype=str(pool.dtype),
-            layout=f"hicache/{pool.layout}", block_size=int(pool.page_size), num_layers=int(pool.layer_num),
-            page_bytes=page_bytes, tensor_parallel=int(rank.tp_size))
+            get_server_args(), cache_dtype=str(pool.dtype), layout=f"hicache/{pool.layout}",
+            block_size=int(pool.page_size), num_layers=int(pool.layer_num), page_bytes=page_bytes,
+            tensor_parallel=int(rank.tp_size))
         self._namespace = marks.namespace()
         if self._client is None:
             self._client = StoreClient(self._config, kind="engine", metrics=self._metrics)
+            self._blocks = PoolBlocks(self._client, metrics=self._metrics, timeout_s=self._config.pull_timeout_s,
+                                      min_blocks=self._config.load_min_blocks)
         logger.info("HiCache pages of %d bytes, layout %s, rank %d of %d", page_bytes, pool.layout, rank.tp_rank,
                     rank.tp_size)
 
@@ -105,52 +109,29 @@ class PoolStorage(HiCacheStorage):
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
 
     @property
-    def client(self) -> StoreClient:
-        """Return our part in the pool. Raises: LocalProtocolError before SGLang registered its host cache."""
-        if self._client is None:
+    def blocks(self) -> PoolBlocks:
+        """Return our way to the pool. Raises: LocalProtocolError before SGLang registered its host cache."""
+        if self._blocks is None:
             raise LocalProtocolError("SGLang used the storage before register_mem_pool_host")
-        return self._client
+        return self._blocks
 
     # ---- HiCache's threads
 
     def exists(self, key: str) -> bool:
         """Tell whether somebody holds the page."""
-        return self.client.match(self._keys([key])) == 1
+        return self.batch_exists([key]) == 1
 
     def batch_exists(self, keys: list[str], extra_info: object = None) -> int:
         """Return how many leading pages somebody holds, by the mirror of the directory; no I/O."""
-        found = self.client.match(self._keys(keys))
-        if found < self._config.load_min_blocks:
-            found = 0
-        self._metrics.add("mooncake_prefix_lookups_total", result="hit" if found else "miss")
-        return found
+        return self.blocks.match(self._keys(keys))
 
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: object = None) -> list[bool]:
         """Fill pages of the host cache; for each, whether it is there now."""
-        started_ns = time.monotonic_ns()
-        outcomes = self.client.get(self._keys(keys), self._scatters(len(keys), host_indices),
-                                   deadline_ns=started_ns + int(self._config.pull_timeout_s * 1e9))
-        self._metrics.observe("mooncake_load_seconds", (time.monotonic_ns() - started_ns) / 1e9)
-        for outcome in outcomes:
-            self._metrics.add("mooncake_load_blocks_total", result=outcome.result)
-        return [outcome.result == "ok" for outcome in outcomes]
+        return self.blocks.load(self._keys(keys), self._locate(len(keys), host_indices))
 
     def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: object = None) -> list[bool]:
         """Save pages that nobody holds; for each, whether somebody holds it now."""
-        names = self._keys(keys)
-        is_held = [bool(holders) for holders in self.client.directory.locate(names)]
-        wanted = [i for i, held in enumerate(is_held) if not held]
-        if len(wanted) < len(names):
-            self._metrics.add("mooncake_save_blocks_total", len(names) - len(wanted), result="present")
-        if not wanted:
-            return is_held
-        scatters, chosen = self._scatters(len(keys), host_indices), [names[i] for i in wanted]
-        stored = self.client.put(chosen, [scatters[i] for i in wanted])
-        for i, is_stored in zip(wanted, stored, strict=True):
-            is_held[i] = is_stored
-            self._metrics.add("mooncake_save_blocks_total", result="stored" if is_stored else "no_room")
-        self.client.replicate([key for key, is_stored in zip(chosen, stored, strict=True) if is_stored])
-        return is_held
+        return self.blocks.save(self._keys(keys), self._locate(len(keys), host_indices))
 
     def close(self) -> None:
         """Leave the cell. Idempotent."""
@@ -181,9 +162,11 @@ class PoolStorage(HiCacheStorage):
     def _keys(self, keys: Sequence[str]) -> list[BlockKey]:
         return pool_keys(self._namespace, int(self._rank.tp_rank), [bytes.fromhex(key) for key in keys])
 
-    def _scatters(self, num_pages: int, host_indices: torch.Tensor) -> list[Scatter]:
-        addresses, lengths = self.mem_pool_host.get_page_buffer_meta(host_indices)
-        pieces = len(addresses) // num_pages
-        address_rows = np.array(addresses, np.uint64).reshape(num_pages, pieces)
-        length_rows = np.array(lengths, np.uint64).reshape(num_pages, pieces)
-        return [Scatter(address_rows[i], length_rows[i]) for i in range(num_pages)]
+    def _locate(self, num_pages: int, host_indices: torch.Tensor) -> Locate:
+        def locate(positions: list[int]) -> list[Scatter]:
+            addresses, lengths = self.mem_pool_host.get_page_buffer_meta(host_indices)
+            pieces = len(addresses) // num_pages
+            address_rows = np.array(addresses, np.uint64).reshape(num_pages, pieces)
+            length_rows = np.array(lengths, np.uint64).reshape(num_pages, pieces)
+            return [Scatter(address_rows[i], length_rows[i]) for i in positions]
+        return locate

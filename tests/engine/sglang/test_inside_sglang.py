@@ -1,0 +1,18 @@
+"""Run the tests that import SGLang, in the environment that has it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from engine.sglang.servers import sglang_python
+
+HERE = Path(__file__).resolve().parent
+
+
+def test_what_we_rely_on_inside_sglang():
+    run = subprocess.run(
+        [sglang_python(), "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", "--rootdir", str(HERE),
+         "-c", os.devnull, str(HERE / "inside_sglang.py")],
+        env={**os.environ, "SGLANG_USE_CPU_ENGINE": "1"}, capture_output=True, text=True, timeout=280, check=False)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert "10 passed" in run.stdout, run.stdout[-500:]
