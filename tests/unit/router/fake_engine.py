@@ -80,6 +80,7 @@ class FakeEngine:
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/chat/completions", self._complete)
+        self.routes(app)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.01)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
@@ -87,6 +88,9 @@ class FakeEngine:
         self.port = self._runner.addresses[0][1]
         self.url = f"http://127.0.0.1:{self.port}"
         return self
+
+    def routes(self, app: web.Application) -> None:
+        """Add what another kind of engine has besides."""
 
     async def stop(self) -> None:
         """Die: every open connection is reset, new ones are refused."""
