@@ -104,6 +104,7 @@ class Engine(msgspec.Struct):
         num_open: legs that we placed and that are not finished.
         num_placed: legs ever placed; breaks ties between idle engines.
         reported_tokens, reported_at_ns: what the engine itself reported last, and when (monotonic).
+        reported_queue_s, reported_context_tokens: what that means for a prefill there, and for decoding.
         capacity_tokens: KV memory for running requests; 0 when unknown.
     """
 
@@ -117,14 +118,18 @@ class Engine(msgspec.Struct):
     num_placed: int = 0
     reported_tokens: int = 0
     reported_at_ns: int = 0
+    reported_queue_s: float = 0.0
+    reported_context_tokens: int = 0
     capacity_tokens: int = 0
 
     def outstanding_tokens(self, now_ns: int) -> int:
         """Return its unfinished work: ours, or its own fresh report when that is more (others use it too)."""
         placed = self.prefill_tokens + self.decode_tokens
-        if self.reported_at_ns and now_ns - self.reported_at_ns <= REPORT_FRESH_NS:
-            return max(placed, self.reported_tokens)
-        return placed
+        return max(placed, self.reported_tokens) if self.has_fresh_report(now_ns) else placed
+
+    def has_fresh_report(self, now_ns: int) -> bool:
+        """Tell whether what it reported last still counts."""
+        return bool(self.reported_at_ns) and now_ns - self.reported_at_ns <= REPORT_FRESH_NS
 
     @property
     def is_usable(self) -> bool:
@@ -164,10 +169,11 @@ class Transition(NamedTuple):
 
 
 class EngineTable:
-    """Keeps every engine we know, by url."""
+    """Keeps every engine we know, by url. ``version`` grows with every change of who may do what."""
 
     def __init__(self) -> None:
         self._engines: dict[str, Engine] = {}
+        self.version = 0
 
     def __iter__(self) -> Iterator[Engine]:
         return iter(tuple(self._engines.values()))
@@ -191,10 +197,12 @@ class EngineTable:
                 raise CapacityExceeded(f"{ENGINES_MAX} engines are registered", hint="unregister some")
             engine = self._engines[url] = Engine(url=url, role=role)
         engine.role = (engine.introduction.half if engine.introduction else "") or role
+        self.version += 1
         return engine
 
     def remove(self, url: str) -> bool:
         """Forget an engine; False when it is not known."""
+        self.version += 1
         return self._engines.pop(url, None) is not None
 
     def observe(self, url: str, event: EngineEvent) -> Transition | None:
@@ -218,13 +226,17 @@ class EngineTable:
         self._apply(url, EngineEvent.INTRODUCED)
         return previous is not None and previous.engine_id != introduction.engine_id
 
-    def report(self, url: str, *, tokens: int, now_ns: int) -> bool:
+    def report(
+        self, url: str, *, tokens: int, now_ns: int, queue_s: float = 0.0, context_tokens: int = 0
+    ) -> bool:
         """Keep an engine's own report of its work; False when it is not known."""
         engine = self._engines.get(url)
         if engine is None:
             return False
         engine.reported_tokens = tokens
         engine.reported_at_ns = now_ns
+        engine.reported_queue_s = queue_s
+        engine.reported_context_tokens = context_tokens
         return True
 
     def count(self) -> dict[EngineState, int]:
@@ -240,4 +252,5 @@ class EngineTable:
             return None
         before = engine.state
         engine.state = TRANSITIONS[before][event]
+        self.version += 1
         return Transition(before, engine.state)

@@ -26,6 +26,11 @@ class PrefillLoad:
     def __len__(self) -> int:
         return len(self._predicted_s)
 
+    @property
+    def is_busy(self) -> bool:
+        """Tell whether there is anything to do."""
+        return bool(self._predicted_s)
+
     def add(self, request_id: str, predicted_s: float, *, now_s: float) -> None:
         """Count a request that was just sent there. Modifies this."""
         if not self._predicted_s:

@@ -12,22 +12,24 @@ from collections.abc import Iterable
 import msgspec
 
 from mooncake_connector.router.dialects.select import DIALECTS
-from mooncake_connector.router.engines import PREFERENCE, Engine, EngineTable, Introduction
-from mooncake_connector.router.load import DecodeLoad, PrefillLoad
+from mooncake_connector.router.engines import Engine, EngineTable, Introduction
 from mooncake_connector.router.messages import Leg, Place, Placed, Refused
 from mooncake_connector.router.policy import (
-    Candidate,
     Choice,
     Demand,
     Policy,
+    Sides,
     Start,
+    choose_among,
     choose_one,
     choose_pair,
     choose_prefill,
     make_policy,
+    sides_of,
 )
 from mooncake_connector.router.predictor import Predictor
 from mooncake_connector.router.prefix_index import PrefixIndex
+from mooncake_connector.router.roster import Roster
 
 OPEN_PLACEMENTS_MAX = 65_536
 OUTPUT_TOKENS_UNKNOWN = 256
@@ -43,13 +45,6 @@ class OpenPlacement(msgspec.Struct):
     num_prefill_tokens: int
     num_decode_tokens: int
     deadline_ns: int
-
-
-class Work(msgspec.Struct):
-    """What one engine was given, in seconds and in memory."""
-
-    prefill: PrefillLoad
-    decode: DecodeLoad
 
 
 class Placer:
@@ -88,7 +83,7 @@ class Placer:
         self._can_fetch = can_fetch
         self._is_index_told = is_index_told
         self._open: dict[str, OpenPlacement] = {}
-        self._work: dict[str, Work] = {}
+        self._roster = Roster(table)
         self._now_ns = 0
 
     @property
@@ -96,9 +91,7 @@ class Placer:
         """Return how many placements are not finished."""
         return len(self._open)
 
-    def place(
-        self, place: Place, transfer_id: str, *, now_ns: int, colocated_reason: str = ""
-    ) -> Placed | Refused:
+    def place(self, place: Place, transfer_id: str, *, now_ns: int, colocated_reason: str = "") -> Placed | Refused:
         """Choose engines for a request and count its work.
 
         Args:
@@ -128,20 +121,21 @@ class Placer:
             backlog_s: seconds of work that wait for an engine, per engine.
             open_below_s: engines with more work than this are not given the request now.
         """
-        usable = [each for each in self.table if each.is_usable and each.url not in place.excluded]
-        serving = [each for each in usable if each.serves(place.model)]
-        if not serving:
-            return _refusal(place, self.table, usable)
-        candidates = self._candidates(serving, place, now_ns)
+        sides = self._roster.sides(place.model)
+        if place.excluded:
+            sides = sides_of([each for each in sides.all if each.url not in place.excluded])
+        if not sides.all:
+            return _refusal(place, self.table)
+        self._refresh(place, now_ns)
         demand = self._demand(place, now_ns, backlog_s, open_below_s)
         if colocated_reason:
-            choice = choose_one(candidates, self.policy, demand, reason=colocated_reason)
+            choice = choose_one(sides.all, self.policy, demand, reason=colocated_reason)
         else:
-            choice = choose_pair(candidates, self.policy, demand)
+            choice = choose_among(sides, self.policy, demand)
         if choice is None and colocated_reason:
-            able = [each for each in candidates if colocated_reason not in DIALECTS[each.kind].unsplittable]
+            able = [each for each in sides.all if colocated_reason not in DIALECTS[each.kind].unsplittable]
             choice = choose_pair(able, self.policy, demand)
-        return choice or _half_refusal(place, serving, colocated_reason)
+        return choice or _half_refusal(place, self._serving(sides), colocated_reason)
 
     def commit(self, place: Place, transfer_id: str, choice: Choice, *, now_ns: int) -> Placed | Refused:
         """Count a request's work on the engines proposed for it.
@@ -173,9 +167,8 @@ class Placer:
             for each in self.table
             if each.is_usable and each.url not in banned and each.serves(opened.place.model) and each.kind == kind
         ]
-        start = choose_prefill(
-            self._candidates(serving, opened.place, now_ns), self.policy, self._demand(opened.place, now_ns)
-        )
+        self._refresh(opened.place, now_ns)
+        start = choose_prefill(self._roster.candidates(serving), self.policy, self._demand(opened.place, now_ns))
         if start is None:
             return None
         self._release(transfer_id, opened, "prefill", now_ns)
@@ -221,70 +214,45 @@ class Placer:
     def remove(self, url: str) -> bool:
         """Forget an engine; requests already placed on it stay open until they finish."""
         self._index.forget(url)
-        self._work.pop(url, None)
         self.predictor.forget(url)
         return self.table.remove(url)
 
     @property
     def num_decoding(self) -> int:
         """Return how many engines may decode."""
-        return sum(each.role != "prefill" and each.is_usable for each in self.table)
+        self._roster.catch_up()
+        return self._roster.num_decoding
 
     @property
     def decode_tokens(self) -> int:
         """Return the KV memory of all engines that may decode; 0 when that of one is unknown."""
-        sizes = [each.capacity_tokens for each in self.table if each.role != "prefill" and each.is_usable]
-        return sum(sizes) if all(sizes) else 0
+        self._roster.catch_up()
+        return self._roster.decode_tokens
 
-    def backlog_s(self, *, now_ns: int) -> list[float]:
+    def decoding(self, url: str) -> tuple[int, int]:
+        """Return how many requests decode on an engine, or will, and the KV memory that they need in tokens."""
+        row = self._roster.row(url)
+        return (len(row.decode), row.decode.num_tokens) if row is not None else (0, 0)
+
+    def backlog_s(self, *, now_ns: int) -> tuple[float, ...]:
         """Return for each engine that may prefill the predicted seconds until it could begin another request."""
-        now_s = now_ns / 1e9
-        return [
-            work.prefill.queue_s(now_s) if (work := self._work.get(each.url)) is not None else 0.0
-            for each in self.table
-            if each.role != "decode" and each.is_usable
-        ]
+        return self._roster.queues_s(now_ns / 1e9)
 
-    def _demand(
-        self, place: Place, now_ns: int, backlog_s: float = 0.0, open_below_s: float = math.inf
-    ) -> Demand:
+    def _serving(self, sides: Sides) -> list[Engine]:
+        return [engine for each in sides.all if (engine := self.table.get(each.url)) is not None]
+
+    def _demand(self, place: Place, now_ns: int, backlog_s: float = 0.0, open_below_s: float = math.inf) -> Demand:
         num_output = self.predictor.output_tokens(place.num_output_tokens)
         return Demand(place.num_prompt_tokens, num_output, backlog_s, self._can_fetch, now_ns / 1e9, open_below_s)
 
-    def _candidates(self, engines: Iterable[Engine], place: Place, now_ns: int) -> list[Candidate]:
+    def _refresh(self, place: Place, now_ns: int) -> None:
         chain = place.prefix_hashes
-        matches = self._index.match_all(chain)
-        chunk_tokens = self._chunk_tokens or (place.num_prompt_tokens / len(chain) if chain else 0.0)
-        now_s = now_ns / 1e9
-        candidates = []
-        for engine in engines:
-            work = self._work_of(engine.url)
-            num_chunks = matches.get(engine.url, 0)
-            candidates.append(
-                Candidate(
-                    url=engine.url,
-                    role=engine.role,
-                    preference=PREFERENCE[engine.state],
-                    outstanding_tokens=engine.outstanding_tokens(now_ns),
-                    num_prefix_chunks=num_chunks,
-                    num_placed=engine.num_placed,
-                    has_connector=engine.has_connector,
-                    num_open=engine.num_open,
-                    prefix_tokens=min(int(num_chunks * chunk_tokens), place.num_prompt_tokens),
-                    queue_s=work.prefill.queue_s(now_s),
-                    context_tokens=work.decode.num_tokens,
-                    capacity_tokens=engine.capacity_tokens,
-                    kind=engine.kind,
-                    runs_whole=engine.runs_whole,
-                )
-            )
-        return candidates
-
-    def _work_of(self, url: str) -> Work:
-        work = self._work.get(url)
-        if work is None:
-            work = self._work[url] = Work(PrefillLoad(), DecodeLoad())
-        return work
+        self._roster.refresh(
+            self._index.match_all(chain),
+            chunk_tokens=self._chunk_tokens or (place.num_prompt_tokens / len(chain) if chain else 0.0),
+            num_prompt_tokens=place.num_prompt_tokens,
+            now_ns=now_ns,
+        )
 
     def _count(self, place: Place, transfer_id: str, choice: Choice, *, now_ns: int) -> OpenPlacement:
         num_output = place.num_output_tokens or OUTPUT_TOKENS_UNKNOWN
@@ -300,10 +268,12 @@ class Placer:
             self._count_prefill(transfer_id, opened, choice.start, now_ns)
         elif choice.start is not None:
             predicted_s = choice.start.ttft_s - choice.start.engine.queue_s
-            self._work_of(opened.decode_url).prefill.add(transfer_id, predicted_s, now_s=now_ns / 1e9)
+            if (row := self._roster.row(opened.decode_url)) is not None:
+                row.prefill.add(transfer_id, predicted_s, now_s=now_ns / 1e9)
         self._charge(opened.decode_url, num_decode=opened.num_decode_tokens)
         num_reserved = place.num_prompt_tokens + self.predictor.output_tokens(place.num_output_tokens)
-        self._work_of(opened.decode_url).decode.add(transfer_id, num_reserved)
+        if (row := self._roster.row(opened.decode_url)) is not None:
+            row.decode.add(transfer_id, num_reserved)
         self._remember(opened.decode_url, place)
         return opened
 
@@ -315,7 +285,8 @@ class Placer:
         self._charge(url, num_prefill=opened.num_prefill_tokens)
         # Until a fetched prefix is there the engine waits, with its turn.
         predicted_s = start.ttft_s - start.engine.queue_s
-        self._work_of(url).prefill.add(transfer_id, predicted_s, now_s=now_s)
+        if (row := self._roster.row(url)) is not None:
+            row.prefill.add(transfer_id, predicted_s, now_s=now_s)
         if start.source_url:
             num_fetched = start.prefix_tokens - start.engine.prefix_tokens
             predictor.links.book(start.source_url, url, num_fetched * predictor.kv_token_bytes, now_s=now_s)
@@ -339,14 +310,14 @@ class Placer:
         self._now_ns = max(self._now_ns, now_ns)
         if leg != "decode":
             # A request that runs whole has its prefill where it decodes.
-            if (work := self._work.get(opened.prefill_url or opened.decode_url)) is not None:
-                work.prefill.finish(transfer_id, now_s=now_ns / 1e9)
+            if (row := self._roster.row(opened.prefill_url or opened.decode_url)) is not None:
+                row.prefill.finish(transfer_id, now_s=now_ns / 1e9)
             if opened.prefill_url:
                 self._discharge(opened.prefill_url, num_prefill=opened.num_prefill_tokens)
             opened.prefill_url = ""
         if leg != "prefill" and opened.decode_url:
-            if (work := self._work.get(opened.decode_url)) is not None:
-                work.decode.finish(transfer_id)
+            if (row := self._roster.row(opened.decode_url)) is not None:
+                row.decode.finish(transfer_id)
             self._discharge(opened.decode_url, num_decode=opened.num_decode_tokens)
             opened.decode_url = ""
 
@@ -367,8 +338,9 @@ class Placer:
         return DIALECTS[source.kind].pair(source.introduction, transfer_id, placed)
 
 
-def _refusal(place: Place, table: Iterable[Engine], usable: list[Engine]) -> Refused:
+def _refusal(place: Place, table: Iterable[Engine]) -> Refused:
     engines = list(table)
+    usable = [each for each in engines if each.is_usable and each.url not in place.excluded]
     if not engines:
         return Refused(place.request_id, "no_engine", "no engine is registered")
     if not usable:
@@ -379,7 +351,7 @@ def _refusal(place: Place, table: Iterable[Engine], usable: list[Engine]) -> Ref
     return Refused(place.request_id, "no_model", f"the model {place.model!r} does not exist; served here: {known}")
 
 
-def _half_refusal(place: Place, serving: list[Engine], colocated_reason: str) -> Refused:
+def _half_refusal(place: Place, serving: Iterable[Engine], colocated_reason: str) -> Refused:
     """Say why nothing can be done though there are servers: each does only its half of a request."""
     if colocated_reason:
         return Refused(
@@ -388,7 +360,7 @@ def _half_refusal(place: Place, serving: list[Engine], colocated_reason: str) ->
             f"this request cannot be split ({colocated_reason}), and every server for it does only its half; give the "
             "router one that runs whole requests",
         )
-    states = ", ".join(f"{each.url} ({each.role}) is {each.state.value}" for each in serving[:8])
+    states = ", ".join(f"{each.url} ({each.role}) is {each.state.value}" for each in list(serving)[:8])
     return Refused(
         place.request_id, "no_engine", f"no prefill and decode server can take the request together: {states}"
     )

@@ -10,8 +10,10 @@ same way for every policy. *Which* of those that may? That is the policy's.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
+
+import msgspec
 
 from mooncake_connector.router.messages import EngineKind, Role
 from mooncake_connector.router.predictor import Predictor
@@ -23,8 +25,8 @@ SHORTLIST = 4
 WORD = 1 << 64
 
 
-class Candidate(NamedTuple):
-    """One engine as the policy sees it.
+class Candidate(msgspec.Struct):
+    """One engine as the policy sees it, for the decision at hand; policies do not change it.
 
     Attributes:
         preference: 0 is best; an engine with a higher number is used only when none with a lower one is left.
@@ -142,6 +144,26 @@ class Policy(Protocol):
 # ---- which engines may be used
 
 
+class Sides(NamedTuple):
+    """Who may do what for a request, as far as only the engines matter; worth keeping, since it changes seldom.
+
+    Attributes:
+        all: every engine that serves the request's model.
+        prefill: the best of those that may prefill for another one.
+        decode: the best of those that may decode for another one, by kind.
+    """
+
+    all: Sequence[Candidate]
+    prefill: Sequence[Candidate]
+    decode: Mapping[str, Sequence[Candidate]]
+
+
+def sides_of(candidates: Sequence[Candidate]) -> Sides:
+    """Sort engines by what they may do."""
+    kinds = {each.kind: _decoding(candidates, each.kind) for each in candidates}
+    return Sides(candidates, _prefilling(_with_partner(candidates)), kinds)
+
+
 def choose_prefill(
     candidates: Sequence[Candidate], policy: Policy | None = None, demand: Demand = NO_DEMAND
 ) -> Start | None:
@@ -149,8 +171,7 @@ def choose_prefill(
 
     An engine that is merely a last resort is not worth a hand-over: the decode engine computes the prompt instead.
     """
-    usable = _best([each for each in candidates if each.role != "decode" and each.has_connector])
-    usable = [each for each in usable if each.is_worth_a_pair]
+    usable = _prefilling(candidates)
     return (policy or DEFAULT_POLICY).start(demand, usable) if usable else None
 
 
@@ -161,13 +182,21 @@ def choose_pair(
 
     An engine is never paired with itself, nor with one of another kind.
     """
+    return choose_among(sides_of(candidates), policy, demand)
+
+
+def choose_among(sides: Sides, policy: Policy | None = None, demand: Demand = NO_DEMAND) -> Choice | None:
+    """Return what :meth:`choose_pair` does."""
     policy = policy or DEFAULT_POLICY
-    start = choose_prefill(_with_partner(candidates), policy, demand)
-    if start is None:
-        return choose_one(candidates, policy, demand, reason="no_prefill")
-    others = _best([each for each in candidates if _may_decode_for(start.engine, each) and each.is_worth_a_pair])
+    if not sides.prefill:
+        return choose_one(sides.all, policy, demand, reason="no_prefill")
+    start = policy.start(demand, sides.prefill)
+    if start.engine.role == "prefill":
+        others = sides.decode[start.engine.kind]
+    else:
+        others = _decoding([each for each in sides.all if each is not start.engine], start.engine.kind)
     if not others:
-        return choose_one(candidates, policy, demand, reason="no_decode")
+        return choose_one(sides.all, policy, demand, reason="no_decode")
     decode = policy.decode(demand, others, start)
     if not decode.has_connector:
         return choose_one([decode], policy, demand, reason="no_connector")
@@ -188,15 +217,21 @@ def choose_one(
     return Choice(None, start.engine, reason, start)
 
 
-def _may_decode_for(prefill: Candidate, other: Candidate) -> bool:
-    return other.role != "prefill" and other.url != prefill.url and other.kind == prefill.kind
+def _prefilling(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
+    usable = _best([each for each in candidates if each.role != "decode" and each.has_connector])
+    return [each for each in usable if each.is_worth_a_pair]
+
+
+def _decoding(candidates: Sequence[Candidate], kind: str) -> Sequence[Candidate]:
+    return _best([each for each in candidates if each.role != "prefill" and each.kind == kind and each.is_worth_a_pair])
 
 
 def _with_partner(candidates: Sequence[Candidate]) -> Sequence[Candidate]:
     """Return those that have somebody to hand over to; all when there is but one kind, or nobody has."""
     if len({each.kind for each in candidates}) < 2:
         return candidates
-    paired = [each for each in candidates if any(_may_decode_for(each, other) for other in candidates)]
+    decoding = [each for each in candidates if each.role != "prefill"]
+    paired = [each for each in candidates if any(other.kind == each.kind and other is not each for other in decoding)]
     return paired or candidates
 
 
