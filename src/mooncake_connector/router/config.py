@@ -5,15 +5,36 @@ Precedence: command line > the file given by ``--config`` (JSON or TOML) > defau
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Literal
 
 import msgspec
 
+from mooncake_connector.router.admission import ServiceClass
 from mooncake_connector.router.messages import Url
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
+PolicyName = Literal["joint", "mooncake_paper", "prefix", "least_loaded", "least_work", "round_robin", "random"]
+Key = Annotated[str, msgspec.Meta(min_length=8, max_length=512)]
+ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+
+DEFAULT_CLASS = "default"
+NO_PROMISE_S = 86_400.0
+ORDER_TTFT_S = 30.0
+
+
+class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One holder of a key.
+
+    Attributes:
+        api_key: what its clients send as ``Authorization: Bearer ...``.
+        service_class: the class of all its requests; empty when they may choose.
+    """
+
+    api_key: Key
+    service_class: str = ""
 
 
 class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,7 +47,20 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         host: address where clients connect.
         port: port where clients connect; 0 takes a free one.
         placement: ZeroMQ address of the placement service; empty turns it off. Whoever reaches it can add engines.
-        engine_api_key: sent when the router itself asks an engine something; clients' own keys are passed through.
+        draining: engines that get no new requests; those that run there go on.
+        policy: how engines are chosen: joint, mooncake_paper, prefix, least_loaded, least_work, round_robin or random.
+        holding: queue holds a request until an engine is about to be free; early places or refuses it at once; none
+            only places it.
+        hold_above_s: an engine with more predicted work than this is not given another request.
+        classes: what requests are promised, by name: ttft_s, tbt_s, weight, share. Without any nothing is refused
+            for being late. The class default is for requests that name none.
+        tenants: holders of keys, by name: api_key, service_class. With any, requests without a known key get 401.
+        admission_rule: package.module:function that is asked about every request, see docs/reference/http.md.
+        has_pool: whether engines get cached prefixes from each other.
+        kv_token_bytes: KV of one token, all layers, for predicting transfers.
+        link_bytes_per_s: network bandwidth of one engine, each way.
+        engine_api_key: sent when the router itself asks an engine something, and instead of a tenant's key; where
+            there are no tenants, clients' own keys are passed through.
         min_split_tokens: prompts estimated shorter than this run whole on one engine; 0 = always split.
         connect_timeout_s: longest wait for a connection to an engine.
         first_byte_timeout_s: longest wait for the first byte of a streamed answer.
@@ -54,6 +88,16 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     host: str = "127.0.0.1"
     port: Port = 8000
     placement: str = "tcp://127.0.0.1:8001"
+    draining: tuple[Url, ...] = ()
+    policy: PolicyName = "joint"
+    holding: Literal["queue", "early", "none"] = "queue"
+    hold_above_s: Seconds = 0.5
+    classes: Mapping[ClassName, ServiceClass] = {}
+    tenants: Mapping[ClassName, Tenant] = {}
+    admission_rule: str = ""
+    has_pool: bool = False
+    kv_token_bytes: Count = 131_072
+    link_bytes_per_s: Count = 12_500_000_000
     engine_api_key: str = ""
     min_split_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0
     connect_timeout_s: Seconds = 5.0
@@ -72,3 +116,22 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     body_max_bytes: Count = 64 << 20
     requests_max: Count = 8192
     connections_max: Count = 16_384
+
+    def service_classes(self) -> dict[str, ServiceClass]:
+        """Return the classes as admission wants them: the one named ``""`` is for requests that name none."""
+        promised = dict(self.classes)
+        # Nobody promised anything, but who waits must be put in some order: shortest first, until one waited this long.
+        ttft_s = NO_PROMISE_S if promised else ORDER_TTFT_S
+        fallback = promised.get(DEFAULT_CLASS) or ServiceClass(ttft_s=ttft_s, tbt_s=NO_PROMISE_S)
+        return {**promised, "": fallback}
+
+    def problem(self) -> str:
+        """Return what is wrong with the settings together; empty when nothing is."""
+        urls = [*self.prefill, *self.decode, *self.engine]
+        twice = next((url for url in urls if urls.count(url) > 1), "")
+        if twice:
+            return f"{twice} is given twice; name each engine once, in engine if it does both"
+        for name, tenant in self.tenants.items():
+            if tenant.service_class and tenant.service_class not in self.classes:
+                return f"tenant {name} has the class {tenant.service_class!r}, which is not in classes"
+        return ""

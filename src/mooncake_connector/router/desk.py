@@ -47,8 +47,11 @@ class PlacementDesk:
                     return Accepted(transfer_id)
                 return Refused(transfer_id, "unknown", "no such transfer is open: finished before, or expired")
             case LoadReport(url=url):
-                tokens = question.prefill_tokens + question.decode_tokens
-                if self._placer.table.report(url, tokens=tokens, now_ns=now_ns):
+                num_prefill, num_decode = question.prefill_tokens, question.decode_tokens
+                queue_s = self._placer.predictor.prefill_s(num_prefill, 0, url) if num_prefill else 0.0
+                if self._placer.table.report(
+                    url, tokens=num_prefill + num_decode, queue_s=queue_s, context_tokens=num_decode, now_ns=now_ns
+                ):
                     return Accepted(url)
                 return Refused(url, "unknown", "no such engine is registered")
             case Register():

@@ -18,15 +18,21 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
-import aiohttp
 from aiohttp import web
 
-from mooncake_connector.router.answers import Problem, is_finished_stream, problem_event, problem_json
+from mooncake_connector.router.admission import Reason, Rejected, ServiceClass
+from mooncake_connector.router.answers import Problem, problem_event, problem_json
 from mooncake_connector.router.bodies import Ask, hide_params
+from mooncake_connector.router.callers import Caller
 from mooncake_connector.router.dialects.select import dialect_of
+from mooncake_connector.router.dispatcher import Dispatcher, Seat
 from mooncake_connector.router.legs import JSON, LegFailure, Legs, PrefillDone, PrefillLeg, StreamedAnswer, WholeAnswer
 from mooncake_connector.router.messages import Place, Placed, Refused
+from mooncake_connector.router.receipt import Receipt
 from mooncake_connector.router.recovery import Patience, recovery_wait_s
+from mooncake_connector.router.relay import Passed, end_late, pass_on
+from mooncake_connector.router.scheduler import Submission
+from mooncake_connector.router.usage import read_usage
 from mooncake_connector.router.watch import EngineWatch
 from mooncake_store.metrics import Metrics
 
@@ -35,9 +41,19 @@ log = logging.getLogger(__name__)
 DECODE_ATTEMPTS_MAX = 2
 CLIENT_GONE = Problem(500, "the client closed the connection")
 RETRY_AFTER_S = 1
-LAST_WORDS_S = 1.0
+RETRY_LATE_S = 1
+CLIENT_SLOW_SHARE = 0.05
+"""A stream whose client took more than this part of its time to read tells nothing of the engine's pace."""
 LEGS_APART_S = 0.5
 """When one leg of a pair failed, how long the other may take to say why, or to answer all the same."""
+
+REASONS: dict[Reason, str] = {
+    "infeasible": "the first token cannot come in the time that this request was promised",
+    "displaced": "there is more to do than can be done in time, and this request costs most of it",
+    "full": "too many requests wait",
+    "rule": "the operator's admission rule says no",
+    "late": "the first token did not come in time",
+}
 
 Opened = StreamedAnswer | WholeAnswer | LegFailure
 
@@ -47,6 +63,7 @@ class Services(NamedTuple):
 
     watch: EngineWatch
     legs: Legs
+    dispatcher: Dispatcher
     metrics: Metrics
     patience: Patience
     total_timeout_s: float
@@ -59,19 +76,35 @@ class Exchange:
     Args:
         services: what the router's exchanges share.
         ask: what the client wants.
+        caller: who asks.
+        promise: what the caller's class is promised; None when nothing is.
         request_id: goes to both engines and back to the client.
         headers: what to send to the engines.
     """
 
-    def __init__(self, services: Services, ask: Ask, *, request_id: str, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        services: Services,
+        ask: Ask,
+        *,
+        caller: Caller,
+        promise: ServiceClass | None,
+        request_id: str,
+        headers: Mapping[str, str],
+    ) -> None:
         self._services = services
         self._placer = services.watch.placer
         self._metrics = services.metrics
         self._ask = ask
+        self._caller = caller
+        self._promised_s = min(promise.ttft_s, caller.hints.ttft_s) if promise is not None else None
+        self._receipt = Receipt(request_id, caller.service_class)
         self._request_id = request_id
         self._headers = headers
         self._loop = asyncio.get_running_loop()
         self._start_s = self._loop.time()
+        self._placed_s = self._start_s
+        self._seat: Seat | None = None
         self._placed: Placed | None = None
         self._prefill: PrefillLeg | None = None
         self.outcome = "ok"
@@ -82,11 +115,12 @@ class Exchange:
         opened: StreamedAnswer | WholeAnswer | Problem | None = None
         try:
             async with asyncio.timeout(self._services.total_timeout_s):
-                opened = await self._open()
+                opened = await self._open_in_time()
                 if isinstance(opened, Problem):
                     return self._answer_problem(opened)
                 if isinstance(opened, WholeAnswer):
                     return self._answer_whole(opened)
+                self._note_first_byte(is_stream=True)
                 response = web.StreamResponse(headers=self._answer_headers(opened.content_type))
                 return await self._relay(request, response, opened)
         except TimeoutError:
@@ -94,7 +128,7 @@ class Exchange:
             problem = Problem(504, f"the request took more than {self._services.total_timeout_s:g} s")
             if response is None or not response.prepared or not isinstance(opened, StreamedAnswer):
                 return self._answer_problem(problem)
-            await _end_late(request, response, problem_event(problem, tail=opened.tail))
+            await end_late(request, response, problem_event(problem, tail=opened.tail))
             return response
         except asyncio.CancelledError:
             self._note_client_gone()
@@ -110,13 +144,31 @@ class Exchange:
         self.outcome = "client_gone"
         self._metrics.add("mooncake_router_disconnects_total")
 
+    async def _open_in_time(self) -> StreamedAnswer | WholeAnswer | Problem:
+        """Get the first byte of an answer, or give up when the promise of a first token cannot be kept any more."""
+        if self._promised_s is None or not self._ask.is_stream:
+            return await self._open()
+        try:
+            async with asyncio.timeout_at(self._start_s + self._promised_s) as deadline:
+                return await self._open()
+        except TimeoutError:
+            if not deadline.expired():
+                raise
+            self.outcome = "rejected"
+            self._metrics.add("mooncake_router_rejected_total", reason="late")
+            return Problem(
+                429,
+                f"the first token did not come within {self._promised_s:g} s, which this request was promised",
+                retry_after_s=RETRY_LATE_S,
+            )
+
     async def _open(self) -> StreamedAnswer | WholeAnswer | Problem:
         """Get the first byte of an answer, from a second engine if need be."""
         excluded: tuple[str, ...] = ()
         failure: LegFailure | None = None
         for attempt in range(DECODE_ATTEMPTS_MAX):
-            placed = self._place(excluded)
-            if isinstance(placed, Refused):
+            placed = await self._place(excluded)
+            if not isinstance(placed, Placed):
                 break
             if attempt:
                 self._metrics.add("mooncake_router_retries_total", leg="decode")
@@ -133,30 +185,33 @@ class Exchange:
         else:
             placed = None
         if failure is not None:
-            return self._decode_problem(failure, placed)
-        assert isinstance(placed, Refused)  # the loop ran, and nothing failed
+            return self._decode_problem(failure, is_alone=placed is not None)
+        assert isinstance(placed, Refused | Rejected)  # the loop ran, and nothing failed
         return self._refusal_problem(placed)
 
-    def _place(self, excluded: tuple[str, ...]) -> Placed | Refused:
-        ask = self._ask
-        start_s = self._loop.time()
-        placed = self._placer.place(
-            Place(
-                request_id=self._request_id,
-                num_prompt_tokens=ask.num_prompt_tokens,
-                num_output_tokens=ask.num_output_tokens,
-                model=ask.model,
-                prefix_hashes=ask.prefix_hashes,
-                excluded=excluded,
-            ),
-            self._services.new_transfer_id(),
-            now_ns=int(start_s * 1e9),
-            colocated_reason=ask.colocated_reason,
+    async def _place(self, excluded: tuple[str, ...]) -> Placed | Refused | Rejected:
+        dispatcher, submission = self._services.dispatcher, self._submission(excluded)
+        seat = dispatcher.place_again(submission) if excluded else await dispatcher.place(submission)
+        if not isinstance(seat, Seat):
+            return seat
+        self._seat, self._placed, self._placed_s = seat, seat.placed, self._loop.time()
+        receipt = self._receipt
+        receipt.waited_s = self._placed_s - self._start_s
+        receipt.predicted_ttft_s = receipt.waited_s + seat.ttft_s if seat.ttft_s else 0.0
+        receipt.num_reused = seat.prefix_tokens if seat.start is not None else -1
+        return seat.placed
+
+    def _submission(self, excluded: tuple[str, ...]) -> Submission:
+        ask, caller, lessons = self._ask, self._caller, self._services.dispatcher.lessons
+        place = Place(
+            request_id=self._services.new_transfer_id(),
+            num_prompt_tokens=lessons.prompt_tokens(ask.num_prompt_tokens),
+            num_output_tokens=lessons.output_tokens(hinted=caller.hints.num_output_tokens, most=ask.num_output_tokens),
+            model=ask.model,
+            prefix_hashes=ask.prefix_hashes,
+            excluded=excluded,
         )
-        self._metrics.observe("mooncake_router_decision_seconds", self._loop.time() - start_s)
-        if isinstance(placed, Placed):
-            self._placed = placed
-        return placed
+        return Submission(place, caller.service_class, caller.tenant, caller.hints, ask.colocated_reason)
 
     async def _attempt(self, placed: Placed) -> Opened:
         """Send the legs of one placement; a failure leaves nothing of it behind."""
@@ -196,7 +251,7 @@ class Exchange:
             placed = again
         if not dialect_of(placed).recovers and isinstance(failure, LegFailure):
             return failure
-        self._placer.finish(placed.transfer_id, "prefill")
+        self._services.dispatcher.finish(placed.transfer_id, "prefill")
         return self._colocated(placed, "prefill_unreachable")
 
     def _colocated(self, placed: Placed, reason: str) -> Placed:
@@ -278,6 +333,7 @@ class Exchange:
             self._metrics.add("mooncake_router_legs_total", leg="prefill", result="ok")
             self._metrics.observe("mooncake_router_prefill_seconds", outcome.duration_s)
             self._services.watch.note_prefill_answer(outcome)
+            self._learn_prefill(outcome)
         elif isinstance(outcome, LegFailure):
             self._metrics.add("mooncake_router_legs_total", leg="prefill", result=outcome.kind)
             if outcome.kind != "refused" or outcome.status >= 500:
@@ -286,7 +342,49 @@ class Exchange:
                 return  # the exchange moves the leg or gives it up
         else:
             self._metrics.add("mooncake_router_legs_total", leg="prefill", result="cancelled")
-        self._placer.finish(transfer_id, "prefill")
+        self._services.dispatcher.finish(transfer_id, "prefill")
+
+    def _learn_prefill(self, done: PrefillDone) -> None:
+        seat, counted, now_s = self._seat, done.usage.cached_tokens, self._loop.time()
+        if seat is None or seat.start is None:
+            return
+        num_prefix = seat.prefix_tokens if done.url == seat.start.engine.url else 0
+        if counted is not None:
+            num_prefix = self._receipt.num_reused = counted
+        self._services.dispatcher.lessons.prefill_ended(
+            done.url,
+            sent_s=now_s - done.duration_s,
+            ended_s=now_s,
+            num_estimated=self._ask.num_prompt_tokens,
+            num_prompt=done.usage.prompt_tokens,
+            num_prefix=num_prefix,
+        )
+        self._metrics.add("mooncake_router_prompt_tokens_total", num_prefix, source="reused")
+        num_computed = (done.usage.prompt_tokens or self._ask.num_prompt_tokens) - num_prefix
+        self._metrics.add("mooncake_router_prompt_tokens_total", max(num_computed, 0), source="computed")
+
+    def _note_first_byte(self, *, is_stream: bool) -> None:
+        """Compare what comes with what was predicted and promised."""
+        now_s, seat, placed = self._loop.time(), self._seat, self._placed
+        ttft_s = self._receipt.ttft_s = now_s - self._start_s
+        self._metrics.observe("mooncake_router_ttft_seconds", ttft_s, kind="stream" if is_stream else "whole")
+        if self._promised_s is not None:
+            kept = "yes" if ttft_s <= self._promised_s else "no"
+            self._metrics.add("mooncake_router_class_requests_total", kept=kept, service=self._caller.service_class)
+        if not is_stream or seat is None or placed is None:
+            return
+        lessons = self._services.dispatcher.lessons
+        lessons.first_byte(seat.ttft_s, now_s - self._placed_s)
+        if not seat.placed.prefill_url and seat.start is not None:
+            self._services.dispatcher.finish(placed.transfer_id, "prefill")
+            lessons.prefill_ended(
+                placed.decode_url,
+                sent_s=self._placed_s,
+                ended_s=now_s,
+                num_estimated=self._ask.num_prompt_tokens,
+                num_prompt=0,
+                num_prefix=seat.prefix_tokens,
+            )
 
     def _finish(self, *, is_prefill_kept: bool) -> None:
         """Stop counting this placement. A prefill leg that is kept ends, and is accounted for, by itself."""
@@ -295,7 +393,10 @@ class Exchange:
             leg.task.cancel()
         placed, self._placed = self._placed, None
         if placed is not None:
-            self._placer.finish(placed.transfer_id, "decode" if is_prefill_kept else "both")
+            is_whole = leg is None
+            self._services.dispatcher.finish(
+                placed.transfer_id, "decode" if is_prefill_kept and not is_whole else "both"
+            )
 
     def _note_decode_failure(self, failure: LegFailure) -> None:
         self._metrics.add("mooncake_router_legs_total", leg="decode", result=failure.kind)
@@ -306,40 +407,39 @@ class Exchange:
         self, request: web.Request, response: web.StreamResponse, opened: StreamedAnswer
     ) -> web.StreamResponse:
         """Pass the stream on, chunk by chunk as it comes; a stream that breaks ends with an error event."""
-        self._metrics.observe("mooncake_router_ttft_seconds", self._loop.time() - self._start_s, kind="stream")
         decode_url = self._placed.decode_url if self._placed else ""
         try:
             await response.prepare(request)
-            await response.write(opened.first)
-            reason = await self._relay_rest(response, opened)
-            if reason:
+            passed = await pass_on(response, opened)
+            if passed.problem:
                 self.outcome = "engine_error"
-                self._note_decode_failure(LegFailure("lost", decode_url, reason))
-                problem = Problem(502, f"the decode engine {decode_url} broke off its answer: {reason}")
+                self._note_decode_failure(LegFailure("lost", decode_url, passed.problem))
+                problem = Problem(502, f"the decode engine {decode_url} broke off its answer: {passed.problem}")
                 await response.write(problem_event(problem, tail=opened.tail))
             else:
                 self._metrics.add("mooncake_router_legs_total", leg="decode", result="ok")
+                self._learn_pace(decode_url, passed)
             await response.write_eof()
             return response
         finally:
             opened.close()
 
-    async def _relay_rest(self, response: web.StreamResponse, opened: StreamedAnswer) -> str:
-        """Return why the stream broke; empty when it ended well."""
-        while True:
-            try:
-                data = await opened.read()
-            except (aiohttp.ClientError, ConnectionResetError) as error:
-                return "" if is_finished_stream(opened.tail) else str(error) or type(error).__name__
-            if not data:
-                return "" if is_finished_stream(opened.tail) else "it ended without [DONE]"
-            await response.write(data)
+    def _learn_pace(self, decode_url: str, passed: Passed) -> None:
+        self._metrics.add("mooncake_router_output_tokens_total", passed.num_events)
+        if passed.num_events < 2 or passed.blocked_s > CLIENT_SLOW_SHARE * passed.took_s:
+            return
+        self._metrics.observe("mooncake_router_token_seconds", passed.took_s / (passed.num_events - 1))
+        num_requests, num_context = self._placer.decoding(decode_url)
+        self._services.dispatcher.lessons.stream_ended(
+            num_requests=num_requests, num_context=num_context, num_tokens=passed.num_events, took_s=passed.took_s
+        )
 
     def _answer_whole(self, answer: WholeAnswer) -> web.Response:
         if answer.status >= 400:
             self.outcome = "engine_refused"
         self._metrics.add("mooncake_router_legs_total", leg="decode", result="ok" if answer.status < 400 else "refused")
-        self._metrics.observe("mooncake_router_ttft_seconds", self._loop.time() - self._start_s, kind="whole")
+        self._note_first_byte(is_stream=False)
+        self._learn_whole(answer)
         headers = self._answer_headers(answer.content_type)
         return web.Response(status=answer.status, body=hide_params(answer.body), headers=headers)
 
@@ -349,26 +449,36 @@ class Exchange:
             headers["Retry-After"] = str(problem.retry_after_s)
         return web.Response(status=problem.status, body=problem_json(problem), headers=headers)
 
-    def _answer_headers(self, content_type: str) -> dict[str, str]:
-        headers = {"Content-Type": content_type, "x-request-id": self._request_id}
-        if self._placed is not None:
-            if self._placed.prefill_url:
-                headers["x-mooncake-prefill"] = self._placed.prefill_url
-            headers["x-mooncake-decode"] = self._placed.decode_url
-            headers["x-mooncake-transfer-id"] = self._placed.transfer_id
-        return headers
+    def _learn_whole(self, answer: WholeAnswer) -> None:
+        usage = read_usage(answer.body)
+        if usage.completion_tokens:
+            self._metrics.add("mooncake_router_output_tokens_total", usage.completion_tokens)
+            self._services.dispatcher.lessons.answer_ended(usage.completion_tokens)
+        if self._placed is not None and not self._placed.prefill_url and usage.cached_tokens is not None:
+            self._receipt.num_reused = usage.cached_tokens
 
-    def _decode_problem(self, failure: LegFailure, placed: Placed | Refused | None) -> Problem:
+    def _answer_headers(self, content_type: str) -> dict[str, str]:
+        receipt, placed = self._receipt, self._placed
+        if placed is not None:
+            receipt.prefill_url, receipt.decode_url = placed.prefill_url, placed.decode_url
+            receipt.transfer_id = placed.transfer_id
+        return receipt.headers(content_type)
+
+    def _decode_problem(self, failure: LegFailure, *, is_alone: bool) -> Problem:
         if failure.kind == "timeout":
             self.outcome = "timeout"
             return Problem(504, f"the engine {failure.url} gave {failure.message}")
         self.outcome = "engine_error"
-        again = "no other engine could take the request" if isinstance(placed, Refused) else "so did the one before"
+        again = "no other engine could take the request" if is_alone else "so did the one before"
         return Problem(
             502, f"the engine {failure.url} failed: {failure.message}; {again}", retry_after_s=RETRY_AFTER_S
         )
 
-    def _refusal_problem(self, refused: Refused) -> Problem:
+    def _refusal_problem(self, refused: Refused | Rejected) -> Problem:
+        if isinstance(refused, Rejected):
+            self.outcome = "rejected"
+            again_s = refused.retry_after_s
+            return Problem(429, f"{REASONS[refused.reason]}; try again in {again_s} s", retry_after_s=again_s)
         self.outcome = "refused"
         if refused.code == "no_model":
             return Problem(404, refused.reason, param="model")
@@ -381,14 +491,3 @@ def _abandon(decode: asyncio.Task[Opened]) -> None:
         decode.cancel()
     elif not decode.cancelled() and isinstance(decode.result(), StreamedAnswer):
         decode.result().close()  # type: ignore[union-attr]
-
-
-async def _end_late(request: web.Request, response: web.StreamResponse, last_words: bytes) -> None:
-    """End a stream that ran out of time; a client that does not read is cut off."""
-    try:
-        async with asyncio.timeout(LAST_WORDS_S):
-            await response.write(last_words)
-            await response.write_eof()
-    except (TimeoutError, ConnectionResetError):
-        if request.transport is not None:
-            request.transport.abort()

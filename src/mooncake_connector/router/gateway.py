@@ -16,9 +16,12 @@ from aiohttp import web
 from multidict import CIMultiDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from mooncake_connector.router.admission import ServiceClass
 from mooncake_connector.router.answers import Problem, problem_json
 from mooncake_connector.router.bodies import CHAT, COMPLETIONS, Ask, Route, read_ask
+from mooncake_connector.router.callers import Caller, find_tenant, read_caller
 from mooncake_connector.router.config import RouterConfig
+from mooncake_connector.router.dispatcher import Dispatcher
 from mooncake_connector.router.engines import EngineState
 from mooncake_connector.router.exchange import RETRY_AFTER_S, Exchange, Services
 from mooncake_connector.router.legs import JSON, Legs
@@ -37,6 +40,7 @@ _DROPPED_HEADERS = frozenset(
         "accept-encoding", "expect", "x-request-id",
     )  # fmt: skip
 )
+UNAUTHORIZED = Problem(401, "no tenant has this key; send Authorization: Bearer KEY with one that the router knows")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -59,19 +63,30 @@ class Gateway:
         config: limits and timeouts.
         watch: the engines.
         legs: connections to engines.
+        dispatcher: says which request goes where, and when.
+        index: what engines hold, for its size.
         metrics: a Metrics with ROUTER_METRICS.
     """
 
     def __init__(
-        self, config: RouterConfig, *, watch: EngineWatch, legs: Legs, index: PrefixIndex, metrics: Metrics
+        self,
+        config: RouterConfig,
+        *,
+        watch: EngineWatch,
+        legs: Legs,
+        dispatcher: Dispatcher,
+        index: PrefixIndex,
+        metrics: Metrics,
     ) -> None:
         self._config = config
         self._watch = watch
+        self._dispatcher = dispatcher
         self._index = index
         self._metrics = metrics
         self._services = Services(
             watch=watch,
             legs=legs,
+            dispatcher=dispatcher,
             metrics=metrics,
             patience=Patience(config.decode_recovery_s, config.refused_grace_s, config.decode_token_s),
             total_timeout_s=config.total_timeout_s,
@@ -121,6 +136,9 @@ class Gateway:
         if self._num_open >= self._config.requests_max:
             problem = Problem(503, f"{self._num_open} requests are being served", retry_after_s=RETRY_AFTER_S)
             return self._refuse(problem, request_id)
+        tenant = self._tenant(request)
+        if tenant is None:
+            return self._refuse(UNAUTHORIZED, request_id, outcome="unauthorized")
         self._num_open += 1
         self._idle.clear()
         try:
@@ -128,8 +146,17 @@ class Gateway:
             await self._watch.wait_settled(self._config.startup_wait_s)
             if isinstance(ask, Problem):
                 return self._refuse(ask, request_id, outcome="bad_request")
-            headers = _engine_headers(request, request_id)
-            exchange = Exchange(self._services, ask, request_id=request_id, headers=headers)
+            caller = self._read_caller(request, ask, tenant)
+            if isinstance(caller, Problem):
+                return self._refuse(caller, request_id, outcome="bad_request")
+            exchange = Exchange(
+                self._services,
+                ask,
+                caller=caller,
+                promise=self._promise(caller),
+                request_id=request_id,
+                headers=self._engine_headers(request, request_id),
+            )
             try:
                 return await exchange.run(request)
             finally:
@@ -138,6 +165,34 @@ class Gateway:
             self._num_open -= 1
             if not self._num_open:
                 self._idle.set()
+
+    def _tenant(self, request: web.Request) -> str | None:
+        """Return whose key a request has; empty when there are no keys, None when it has none of them."""
+        tenants = self._config.tenants
+        return find_tenant(tenants, request.headers.get("Authorization", "")) if tenants else ""
+
+    def _read_caller(self, request: web.Request, ask: Ask, tenant: str) -> Caller | Problem:
+        config = self._config
+        own_class = config.tenants[tenant].service_class if tenant else ""
+        return read_caller(request.headers, ask.body, classes=config.classes, tenant=tenant, tenant_class=own_class)
+
+    def _promise(self, caller: Caller) -> ServiceClass | None:
+        if not self._config.classes:
+            return None
+        return self._dispatcher.scheduler.queue.service_class(caller.service_class)
+
+    def _engine_headers(self, request: web.Request, request_id: str) -> CIMultiDict[str]:
+        headers: CIMultiDict[str] = CIMultiDict()
+        for name, value in request.headers.items():
+            if name.lower() not in _DROPPED_HEADERS:
+                headers.add(name, value)
+        headers["X-Request-Id"] = request_id
+        if self._config.tenants:
+            # The key is the router's business; engines know only ours.
+            headers.popall("Authorization", None)
+            if self._config.engine_api_key:
+                headers["Authorization"] = f"Bearer {self._config.engine_api_key}"
+        return headers
 
     async def _read_ask(self, request: web.Request, route: Route) -> Ask | Problem:
         limit_bytes = self._config.body_max_bytes
@@ -162,7 +217,9 @@ class Gateway:
             response.force_close()
         return response
 
-    async def _models(self, _request: web.Request) -> web.Response:
+    async def _models(self, request: web.Request) -> web.Response:
+        if self._tenant(request) is None:
+            return self._refuse(UNAUTHORIZED, _request_id(request), outcome="unauthorized")
         cards = [msgspec.Raw(card) for card in self._watch.model_cards().values()]
         return web.Response(body=msgspec.json.encode(_ModelList(cards)), content_type=JSON)
 
@@ -177,6 +234,13 @@ class Gateway:
         return web.Response(status=200 if is_ready else 503, body=body, content_type=JSON)
 
     async def _show_metrics(self, _request: web.Request) -> web.Response:
+        self._note_engines()
+        self._note_predictions()
+        self._metrics.set("mooncake_router_open_requests", self._num_open)
+        self._metrics.set("mooncake_router_prefix_entries", self._index.num_entries())
+        return web.Response(body=generate_latest(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _note_engines(self) -> None:
         placer = self._watch.placer
         for leg, tokens in (
             ("prefill", sum(each.prefill_tokens for each in placer.table)),
@@ -187,9 +251,19 @@ class Gateway:
         for state, count in states.items():
             self._metrics.set("mooncake_router_engines", count, state=state.value)
         self._metrics.set("mooncake_router_open_placements", placer.num_open)
-        self._metrics.set("mooncake_router_open_requests", self._num_open)
-        self._metrics.set("mooncake_router_prefix_entries", self._index.num_entries())
-        return web.Response(body=generate_latest(self._metrics.registry), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _note_predictions(self) -> None:
+        dispatcher = self._dispatcher
+        predictor = dispatcher.placer.predictor
+        for what, error in (
+            ("prefill", predictor.prefill_error),
+            ("step", predictor.step_error),
+            ("ttft", dispatcher.lessons.ttft_error),
+        ):
+            self._metrics.set("mooncake_router_prediction_error", error.mean, what=what)
+            self._metrics.set("mooncake_router_prediction_bias", error.bias, what=what)
+        self._metrics.set("mooncake_router_held_requests", dispatcher.num_held)
+        self._metrics.set("mooncake_router_drain_seconds", dispatcher.drain_s())
 
 
 @web.middleware
@@ -213,12 +287,3 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-
-
-def _engine_headers(request: web.Request, request_id: str) -> CIMultiDict[str]:
-    headers: CIMultiDict[str] = CIMultiDict()
-    for name, value in request.headers.items():
-        if name.lower() not in _DROPPED_HEADERS:
-            headers.add(name, value)
-    headers["X-Request-Id"] = request_id
-    return headers

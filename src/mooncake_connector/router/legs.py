@@ -18,6 +18,7 @@ from mooncake_connector.router.config import RouterConfig
 from mooncake_connector.router.dialects.base import Dialect
 from mooncake_connector.router.dialects.vllm import read_introduction
 from mooncake_connector.router.engines import Introduction
+from mooncake_connector.router.usage import UNKNOWN, Usage, read_usage
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +89,7 @@ class PrefillDone(NamedTuple):
     url: str
     duration_s: float
     introduction: Introduction | None
+    usage: Usage = UNKNOWN
 
 
 class PrefillLeg:
@@ -166,7 +168,7 @@ class Legs:
                 if response.status != 200:
                     complaint = _complaint(response, data)
                     return LegFailure("refused", leg.url, _summary(response.status, data), response.status, complaint)
-                return PrefillDone(leg.url, loop.time() - start_s, read_introduction(data, ()))
+                return PrefillDone(leg.url, loop.time() - start_s, read_introduction(data, ()), read_usage(data))
         except TimeoutError:
             kind: FailureKind = "timeout" if leg.is_sent else "unsent"
             return LegFailure(kind, leg.url, "timed out")
