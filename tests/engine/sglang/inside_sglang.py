@@ -13,6 +13,7 @@ import types
 
 import pytest
 import torch
+from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
@@ -168,6 +169,28 @@ def test_emptying_the_cache_drops_saves_that_take_too_long(make, monkeypatch):
     assert 0 < seen < PAGES / 4
     time.sleep(0.3)
     assert len(calls) == seen, "a page was read after SGLang had let it go"
+
+
+def test_pages_of_other_weights_have_other_names(make):
+    source, target = make(1), make(2)
+
+    def load_weights(**request):
+        request = types.SimpleNamespace(**{"flush_cache": True, "torch_empty_cache": False, **request})
+        scheduler = types.SimpleNamespace(flush_cache=lambda empty_cache: (source.reset(), target.reset()))
+        SchedulerWeightUpdaterManager.flush_cache_after_weight_update(scheduler, request, True, "")
+
+    save(source, "ab", [3, 1])
+    until(lambda: target.lookup("r", transfer("ab")) == [1, 2])
+    load_weights(weight_version="2")
+    assert source.lookup("r", transfer("ab")) == target.lookup("r", transfer("ab")) == []
+    save(source, "ab", [5, 6])
+    until(lambda: target.lookup("r", transfer("ab")) == [1, 2])     # one version, one name
+    for request in ({"weight_version": None}, {"weight_version": "2", "flush_cache": False}):
+        load_weights(**request)
+        assert source.lookup("r", transfer("ab")) == target.lookup("r", transfer("ab")) == []
+        save(source, "a", [7])
+        until(lambda: source.lookup("r", transfer("ab")) == [1])
+        assert target.lookup("r", transfer("ab")) == [], "nobody knows that these are the same weights"
 
 
 def test_what_cannot_be_served_is_refused_at_start_by_name(make):

@@ -8,8 +8,9 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import re
+import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mooncake_store.errors import ConfigError
 
@@ -79,6 +80,42 @@ def add_transfer_backend(name: str, classes: Classes) -> None:
     utils.TransferBackend._value2member_map_[name] = member
     if name not in choices.DISAGG_TRANSFER_BACKEND_CHOICES:
         choices.add_disagg_transfer_backend_choices([name])
+
+
+class WeightsWatcher(Protocol):
+    """Wants to know when other weights are used."""
+
+    def change_weights(self, version: str | None) -> None:
+        """Take notice. ``version`` is None where the update has none, or where pages of the old weights stay cached."""
+        ...
+
+
+_watchers: weakref.WeakSet[WeightsWatcher] = weakref.WeakSet()
+_WEIGHTS_METHOD = "SchedulerWeightUpdaterManager.flush_cache_after_weight_update"
+
+
+def watch_weights(watcher: WeightsWatcher) -> None:
+    """Tell ``watcher`` whenever other weights were loaded into this scheduler process, before its cache is emptied.
+
+    Raises:
+        ConfigError: the method through which every kind of update ends is not there.
+    """
+    from sglang.srt.managers.scheduler_components import weight_updater
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    owner, _, method = _WEIGHTS_METHOD.partition(".")
+    if not hasattr(getattr(weight_updater, owner, None), method):
+        raise ConfigError(f"this SGLang lacks {_WEIGHTS_METHOD}", where=weight_updater.__name__,
+                          hint="use SGLang 0.5.23; docs/compatibility.md lists what was run")
+
+    def tell(manager: object, request: Any, *more: object, **named: object) -> None:
+        for each in list(_watchers):
+            each.change_weights(request.weight_version if request.flush_cache else None)
+
+    if not _watchers:
+        HookRegistry.register(f"{weight_updater.__name__}.{_WEIGHTS_METHOD}", tell, HookType.BEFORE)
+        HookRegistry.apply_hooks()
+    _watchers.add(watcher)
 
 
 def is_true_on_all_ranks(answer: bool, params: CacheInitParams) -> bool:

@@ -12,7 +12,6 @@ model, the element type, the layout or the parallel sizes; the fingerprint, whic
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from sglang.srt.runtime_context import get_server_args
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.engines.sglang import describe
-from mooncake_connector.kv.keys import pool_keys
+from mooncake_connector.engines.sglang.names import PageNames
 from mooncake_connector.metrics import CONNECTOR_METRICS
 from mooncake_connector.transfer.pool import Locate, PoolBlocks
 from mooncake_store.client import Scatter, StoreClient
@@ -29,7 +28,6 @@ from mooncake_store.config import load_config
 from mooncake_store.errors import ConfigError, LocalProtocolError
 from mooncake_store.log import set_up_logging
 from mooncake_store.metrics import STORE_METRICS, Metrics
-from mooncake_store.types import BlockKey
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +63,7 @@ class PoolStorage(HiCacheStorage):
         self._rank = storage_config
         self._require_supported()
         self._metrics = Metrics(STORE_METRICS, CONNECTOR_METRICS)
-        self._namespace = b""
+        self._names: PageNames | None = None
         self._client: StoreClient | None = None
         self._blocks: PoolBlocks | None = None
 
@@ -91,7 +89,7 @@ class PoolStorage(HiCacheStorage):
             get_server_args(), cache_dtype=str(pool.dtype), layout=f"hicache/{pool.layout}",
             block_size=int(pool.page_size), num_layers=int(pool.layer_num), page_bytes=page_bytes,
             tensor_parallel=int(rank.tp_size))
-        self._namespace = marks.namespace()
+        self._names = PageNames(marks, int(rank.tp_rank))
         if self._client is None:
             self._client = StoreClient(self._config, kind="engine", metrics=self._metrics)
             self._blocks = PoolBlocks(self._client, metrics=self._metrics, timeout_s=self._config.pull_timeout_s,
@@ -108,12 +106,10 @@ class PoolStorage(HiCacheStorage):
                               hint="use another storage backend for this model; docs/limits.md")
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
 
-    @property
-    def blocks(self) -> PoolBlocks:
-        """Return our way to the pool. Raises: LocalProtocolError before SGLang registered its host cache."""
-        if self._blocks is None:
+    def _attached(self) -> tuple[PageNames, PoolBlocks]:
+        if self._names is None or self._blocks is None:
             raise LocalProtocolError("SGLang used the storage before register_mem_pool_host")
-        return self._blocks
+        return self._names, self._blocks
 
     # ---- HiCache's threads
 
@@ -123,15 +119,18 @@ class PoolStorage(HiCacheStorage):
 
     def batch_exists(self, keys: list[str], extra_info: object = None) -> int:
         """Return how many leading pages somebody holds, by the mirror of the directory; no I/O."""
-        return self.blocks.match(self._keys(keys))
+        names, blocks = self._attached()
+        return blocks.match(names.keys(keys))
 
     def batch_get_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: object = None) -> list[bool]:
         """Fill pages of the host cache; for each, whether it is there now."""
-        return self.blocks.load(self._keys(keys), self._locate(len(keys), host_indices))
+        names, blocks = self._attached()
+        return blocks.load(names.keys(keys), self._locate(len(keys), host_indices))
 
     def batch_set_v1(self, keys: list[str], host_indices: torch.Tensor, extra_info: object = None) -> list[bool]:
         """Save pages that nobody holds; for each, whether somebody holds it now."""
-        return self.blocks.save(self._keys(keys), self._locate(len(keys), host_indices))
+        names, blocks = self._attached()
+        return blocks.save(names.keys(keys), self._locate(len(keys), host_indices))
 
     def close(self) -> None:
         """Leave the cell. Idempotent."""
@@ -158,9 +157,6 @@ class PoolStorage(HiCacheStorage):
         return False
 
     # ---- inside
-
-    def _keys(self, keys: Sequence[str]) -> list[BlockKey]:
-        return pool_keys(self._namespace, int(self._rank.tp_rank), [bytes.fromhex(key) for key in keys])
 
     def _locate(self, num_pages: int, host_indices: torch.Tensor) -> Locate:
         def locate(positions: list[int]) -> list[Scatter]:

@@ -25,7 +25,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.engines.sglang import compat, describe
-from mooncake_connector.kv.keys import pool_keys
+from mooncake_connector.engines.sglang.names import PageNames
 from mooncake_connector.metrics import CONNECTOR_METRICS
 from mooncake_connector.transfer.holds import Holds
 from mooncake_connector.transfer.memory import PageReader
@@ -75,8 +75,7 @@ class PoolLinker(UnifiedCacheLinker):
         self.layer_done_counter = LayerWiseLoadCounter(int(pool.layer_num))
         self.forward_stream = forward_stream
         self._params = params
-        self._part = int(parallel.attn_tp_rank)
-        self._namespace = cache.fingerprint.namespace()
+        self._names = PageNames(cache.fingerprint, int(parallel.attn_tp_rank))
         self._page_size = buffers.page_size
         self._lock = threading.Lock()
         self._holds = Holds()
@@ -93,7 +92,7 @@ class PoolLinker(UnifiedCacheLinker):
             lock=self._lock, queue_max_blocks=config.save_queue_max_blocks, pull_timeout_s=config.pull_timeout_s,
             metrics=metrics, on_news=lambda: None)
         logger.info("cache linker: %d pages of %d bytes, rank %d of %d", cache.layout.num_blocks,
-                    cache.layout.block_bytes, self._part, parallel.attn_tp_size)
+                    cache.layout.block_bytes, parallel.attn_tp_rank, parallel.attn_tp_size)
 
     # ---- loads
 
@@ -186,8 +185,7 @@ class PoolLinker(UnifiedCacheLinker):
     def _pages(self, transfers: list[PoolTransfer]) -> tuple[list[BlockKey], list[int]]:
         """Return keys, and our page ids where the transfer names token slots."""
         [transfer] = transfers
-        keys = pool_keys(self._namespace, self._part, [bytes.fromhex(key) for key in transfer.keys or ()])
-        slots = transfer.device_indices
+        keys, slots = self._names.keys(transfer.keys or ()), transfer.device_indices
         return keys, [] if slots is None else (slots[:: self._page_size] // self._page_size).tolist()
 
 
