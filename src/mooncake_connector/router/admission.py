@@ -252,7 +252,7 @@ class AdmissionQueue:
         classes: Mapping[str, ServiceClass],
         *,
         safety_s: float = 0.3,
-        safety_errors: float = 1.0,
+        safety_errors: float = 2.0,
         overtaking_errors: float = 1.0,
         rule: Rule | None = None,
     ) -> None:

@@ -10,6 +10,7 @@ same way for every policy. *Which* of those that may? That is the policy's.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -21,7 +22,6 @@ from mooncake_connector.router.predictor import Predictor
 PREFERENCE_LAST_RESORT = 2
 """A candidate with this preference or a higher one is used only when no other is left."""
 SOURCES_MAX = 3
-SHORTLIST = 4
 WORD = 1 << 64
 
 
@@ -155,7 +155,7 @@ class Sides(NamedTuple):
 
     all: Sequence[Candidate]
     prefill: Sequence[Candidate]
-    decode: Mapping[str, Sequence[Candidate]]
+    decode: Mapping[EngineKind, Sequence[Candidate]]
 
 
 def sides_of(candidates: Sequence[Candidate]) -> Sides:
@@ -351,13 +351,21 @@ class MooncakePaper(LeastLoaded):
         return Start(engine, own, "", engine.queue_s, prefill_s)
 
 
+class Source(NamedTuple):
+    """An engine that could send its prefix: how long that is, when its network is free, and what remains to compute."""
+
+    url: str
+    prefix_tokens: int
+    free_s: float
+    prefill_s: float
+
+
 class Joint:
-    """Least predicted time to the first token over pairs of engines, with extra work priced by the backlog.
+    """Least predicted time to the first token, with extra work priced by the backlog; then the decode engine that fits.
 
     For each prefill engine the prefix is the best of its own and what up to ``SOURCES_MAX`` others could send, counted
-    with all that the links still have to carry. The pair is chosen among the best few of either side, by when the
-    whole KV is on the decode engine. One second of computation more costs ``price`` seconds of waiting: a busy cluster
-    must not spend work for the sake of one request.
+    with all that the links still have to carry. One second of computation more costs ``price`` seconds of waiting: a
+    busy cluster must not spend work for the sake of one request.
     """
 
     name = "joint"
@@ -379,58 +387,82 @@ class Joint:
         self._patience_s = patience_s
 
     def start(self, demand: Demand, candidates: Sequence[Candidate]) -> Start:
-        """Choose the least cost; among those that are open if the least is no more than ``patience_s`` cheaper."""
-        ranked = self._starts(demand, candidates)
-        cheapest = ranked[0]
-        for cost, _, _, start in ranked:
-            if cost > cheapest[0] + self._patience_s:
-                break
-            if start.engine.queue_s < demand.open_below_s:
-                return start
-        return cheapest[3]
+        """Choose the least cost; among those that are open if the least is no more than ``patience_s`` cheaper.
 
-    def _starts(self, demand: Demand, candidates: Sequence[Candidate]) -> list[tuple[float, int, str, Start]]:
-        """Return the best start for each candidate with its cost, cheapest first."""
-        holders = sorted((each for each in candidates if each.prefix_tokens), key=lambda each: -each.prefix_tokens)
-        holders = holders[:SOURCES_MAX] if demand.can_fetch else []
-        price = min(self._price + demand.backlog_s / self._price_backlog_s, self._price_max)
-        ranked = []
-        for engine in candidates:
-            start = self._start_on(demand, engine, holders, price)
-            ranked.append((start.ttft_s + price * start.prefill_s, engine.num_placed, engine.url, start))
-        ranked.sort(key=lambda each: each[:3])
-        return ranked
+        Of equal ones the one that was used least. Those that cannot be the least, even with the longest prefix there
+        is, are not looked at closely.
+        """
+        predictor, size = self._predictor, demand.num_prompt_tokens
+        pay = 1 + min(self._price + demand.backlog_s / self._price_backlog_s, self._price_max)
+        placed = sorted(candidates, key=_PLACED)
+        holders = sorted([each for each in placed if each.prefix_tokens], key=_PREFIX, reverse=True)
+        longest = holders[0].prefix_tokens if holders else 0
+        sources = self._sources(demand, holders[:SOURCES_MAX]) if demand.can_fetch else []
+        floor_s = predictor.prefill_s(size, longest) * pay
+        ready: tuple[float, Start] | None = None
+        later: tuple[float, Start] | None = None
+        for engine in (*holders, *placed):
+            is_open = engine.queue_s < demand.open_below_s
+            best = ready if is_open else later
+            if best is not None and engine.queue_s + floor_s * predictor.factor(engine.url) >= best[0]:
+                continue
+            start = self._start_on(demand, engine, sources, pay)
+            cost_s = start.ready_s + start.prefill_s * pay
+            if best is None or cost_s < best[0]:
+                ready, later = ((cost_s, start), later) if is_open else (ready, (cost_s, start))
+        if ready is not None and (later is None or ready[0] <= later[0] + self._patience_s):
+            return ready[1]
+        assert later is not None
+        return later[1]
+
+    def _sources(self, demand: Demand, holders: Sequence[Candidate]) -> list[Source]:
+        predictor = self._predictor
+        return [
+            Source(
+                each.url,
+                each.prefix_tokens,
+                predictor.links.egress_wait_s(each.url, now_s=demand.now_s),
+                predictor.prefill_s(demand.num_prompt_tokens, each.prefix_tokens),
+            )
+            for each in holders
+        ]
+
+    def _start_on(self, demand: Demand, engine: Candidate, sources: Sequence[Source], pay: float) -> Start:
+        """Return the cheapest way to prefill on one engine: with its own prefix, or with a source's."""
+        predictor, url, own, queue_s = self._predictor, engine.url, engine.prefix_tokens, engine.queue_s
+        start = Start(engine, own, "", queue_s, predictor.prefill_s(demand.num_prompt_tokens, own, url))
+        free_s = predictor.links.ingress_wait_s(url, now_s=demand.now_s) if sources else 0.0
+        for source in sources:
+            if source.prefix_tokens > own and source.url != url:
+                fetch_s = max(source.free_s, free_s) + (source.prefix_tokens - own) * predictor.token_transfer_s
+                ready_s, prefill_s = max(queue_s, fetch_s), source.prefill_s * predictor.factor(url)
+                if ready_s + prefill_s * pay < start.ready_s + start.prefill_s * pay:
+                    start = Start(engine, source.prefix_tokens, source.url, ready_s, prefill_s)
+        return start
 
     def decode(self, demand: Demand, candidates: Sequence[Candidate], start: Start | None) -> Candidate:
         """Choose where the KV has arrived first; then where a token takes least; never one without memory for it."""
-        return min(candidates, key=lambda each: self._decode_cost(demand, each, start))
-
-    def _start_on(self, demand: Demand, engine: Candidate, holders: Sequence[Candidate], price: float) -> Start:
-        """Return the cheapest way to prefill on one engine: with its own prefix, or with a holder's."""
-        predictor, size, url = self._predictor, demand.num_prompt_tokens, engine.url
-        own = engine.prefix_tokens
-        start = Start(engine, own, "", engine.queue_s, predictor.prefill_s(size, own, url))
-        for holder in holders:
-            best = holder.prefix_tokens
-            if best > own and holder.url != url:
-                fetch_s = predictor.transfer_s(holder.url, url, best - own, now_s=demand.now_s)
-                ready_s, prefill_s = max(engine.queue_s, fetch_s), predictor.prefill_s(size, best, url)
-                if ready_s + prefill_s * (1 + price) < start.ready_s + start.prefill_s * (1 + price):
-                    start = Start(engine, best, holder.url, ready_s, prefill_s)
-        return start
-
-    def _decode_cost(self, demand: Demand, each: Candidate, start: Start | None) -> tuple[object, ...]:
-        predictor = self._predictor
-        needed = each.context_tokens + demand.num_prompt_tokens + demand.num_output_tokens
-        is_full = bool(each.capacity_tokens) and needed > each.capacity_tokens
-        exposed_s = 0.0
+        predictor, now_s = self._predictor, demand.now_s
+        added = demand.num_prompt_tokens + demand.num_output_tokens
+        free_s = sent_s = ttft_s = 0.0
         if start is not None:
-            size = demand.num_prompt_tokens
-            arrives_s = predictor.transfer_s(start.engine.url, each.url, size, now_s=demand.now_s)
+            free_s = predictor.links.egress_wait_s(start.engine.url, now_s=now_s)
+            sent_s, ttft_s = demand.num_prompt_tokens * predictor.token_transfer_s, start.ttft_s
+        best, least = candidates[0], (True, math.inf, 0, "")
+        for each in candidates:
+            needed = each.context_tokens + added
+            is_full = bool(each.capacity_tokens) and needed > each.capacity_tokens
             # It is sent while it is computed, so only what outlasts the computation is waited for.
-            exposed_s = max(arrives_s - start.ttft_s, 0.0)
-        step_s = predictor.step_s(each.num_open + 1, needed)
-        return (is_full, exposed_s + step_s, each.num_placed, each.url)
+            arrives_s = max(free_s, predictor.links.ingress_wait_s(each.url, now_s=now_s)) + sent_s
+            cost_s = predictor.step_s(each.num_open + 1, needed) + max(arrives_s - ttft_s, 0.0)
+            cost = (is_full, cost_s, each.num_placed, each.url)
+            if cost < least:
+                best, least = each, cost
+        return best
+
+
+_PREFIX = operator.attrgetter("prefix_tokens")
+_PLACED = operator.attrgetter("num_placed")
 
 
 def left_to_engine(predictor: Predictor, demand: Demand, candidates: Sequence[Candidate], engine: Candidate) -> Start:

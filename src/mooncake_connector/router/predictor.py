@@ -126,6 +126,10 @@ class Predictor:
         seconds = once + (n - p) * (per_token + per_pair * (n + p)) + p * per_loaded
         return seconds * self._factors.get(engine, 1.0)
 
+    def factor(self, engine: str) -> float:
+        """Return by how much an engine's prefills take longer than the mean engine's."""
+        return self._factors.get(engine, 1.0)
+
     def observe_prefill(self, engine: str, num_prompt_tokens: int, num_prefix_tokens: int, actual_s: float) -> None:
         """Learn from a finished prefill; ``actual_s`` without the time it waited for its turn."""
         n, p = num_prompt_tokens, min(num_prefix_tokens, num_prompt_tokens)
@@ -156,6 +160,11 @@ class Predictor:
         """Learn from the length of a finished answer."""
         self.mean_output_tokens += OUTPUT_RATE * (num_tokens - self.mean_output_tokens)
 
+    @property
+    def token_transfer_s(self) -> float:
+        """Return the seconds that one token's KV takes on an idle link."""
+        return self.kv_token_bytes / self.links.bytes_per_s
+
     def transfer_s(self, source: str, target: str, num_tokens: int, *, now_s: float) -> float:
         """Return the seconds until tokens' KV sent now has arrived, after all that both links still have to carry."""
         return self.links.transfer_s(source, target, num_tokens * self.kv_token_bytes, now_s=now_s)
@@ -182,6 +191,14 @@ class Links:
         """Return the seconds until a transfer that begins now has arrived."""
         begin_s = max(self._egress_free_s.get(source, now_s), self._ingress_free_s.get(target, now_s), now_s)
         return begin_s - now_s + size_bytes / self.bytes_per_s
+
+    def egress_wait_s(self, engine: str, *, now_s: float) -> float:
+        """Return the seconds until an engine has sent all that was booked."""
+        return max(self._egress_free_s.get(engine, now_s) - now_s, 0.0)
+
+    def ingress_wait_s(self, engine: str, *, now_s: float) -> float:
+        """Return the seconds until an engine has received all that was booked."""
+        return max(self._ingress_free_s.get(engine, now_s) - now_s, 0.0)
 
     def book(self, source: str, target: str, size_bytes: float, *, now_s: float) -> float:
         """Count a transfer that begins now, and return the seconds until it has arrived."""

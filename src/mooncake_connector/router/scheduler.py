@@ -84,7 +84,8 @@ class Scheduler:
         """Take in a request and return what is to be done now, for this and for other requests."""
         place, now_ns = submission.place, int(now_s * 1e9)
         outlook = self._outlook(now_s)
-        choice = self._propose(submission, now_ns, self._backlog_s(outlook))
+        open_below_s = self._dispatch_below_s if self._mode == "queue" else math.inf
+        choice = self._propose(submission, now_ns, self._backlog_s(outlook), open_below_s)
         if isinstance(choice, Refused):
             return [choice]
         work_s = choice.start.prefill_s if choice.start else 0.0
@@ -110,7 +111,7 @@ class Scheduler:
             return [self._dispatch(submission, choice, now_s)]
         self._submissions[place.request_id] = submission
         self._is_changed = True
-        return self.poll(now_s=now_s)
+        return self._poll(now_s, outlook, (place.request_id, choice))
 
     def _propose(
         self, submission: Submission, now_ns: int, backlog_s: float, open_below_s: float = math.inf
@@ -136,17 +137,19 @@ class Scheduler:
 
     def poll(self, *, now_s: float) -> list[Action]:
         """Return what is to be done now: call it whenever something finished, and at :meth:`wake_s`."""
+        return self._poll(now_s, self._outlook(now_s)) if self._submissions else []
+
+    def _poll(self, now_s: float, outlook: Outlook, known: tuple[str, Choice] | None = None) -> list[Action]:
+        """Drop and dispatch; ``known`` is what the placer has just proposed, and for which request."""
         actions: list[Action] = []
-        if not self._submissions:
-            return actions
-        outlook = self._outlook(now_s)
         if self._is_rejecting and (self._is_changed or now_s >= self._planned_s + PLAN_S):
             self._planned_s, self._is_changed = now_s, False
             for rejected in self.queue.drop_infeasible(outlook):
                 del self._submissions[rejected.request_id]
                 actions.append(rejected)
         while self._submissions and min(outlook.queues_s, default=0.0) < self._dispatch_below_s:
-            dispatched = self._dispatch_next(outlook)
+            dispatched = self._dispatch_next(outlook, known)
+            known = None
             if dispatched is None:
                 break
             actions.append(dispatched)
@@ -179,12 +182,17 @@ class Scheduler:
         self.placer.predictor.observe_output(num_output)
         self.placer.finish(request_id, now_ns=int(now_s * 1e9))
 
-    def _dispatch_next(self, outlook: Outlook) -> Dispatched | Refused | None:
+    def _dispatch_next(self, outlook: Outlook, known: tuple[str, Choice] | None = None) -> Dispatched | Refused | None:
         now_ns = int(outlook.now_s * 1e9)
         backlog_s = self._backlog_s(outlook)
         for waiting in self.queue.order(outlook)[:TRIES_MAX]:
             submission = self._submissions[waiting.request_id]
-            choice = self._propose(submission, now_ns, backlog_s, self._dispatch_below_s)
+            choice: Choice | Refused
+            if known is not None and known[0] == waiting.request_id:
+                choice = known[1]
+            else:
+                choice = self._propose(submission, now_ns, backlog_s, self._dispatch_below_s)
+            known = None  # of two proposals only the last holds
             if isinstance(choice, Refused):
                 # Every engine that could take it went away while it waited.
                 del self._submissions[waiting.request_id]
