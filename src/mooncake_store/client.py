@@ -27,20 +27,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import zmq
 
 from mooncake_store import __version__
 from mooncake_store.config import StoreConfig
 from mooncake_store.directory.base import Directory
 from mooncake_store.directory.open import open_directory
 from mooncake_store.errors import LocalProtocolError, MooncakeError
-from mooncake_store.gate import CallGate
 from mooncake_store.image import merge_adjacent, scatter
 from mooncake_store.metrics import Metrics
 from mooncake_store.pool.index import StoredBlock
 from mooncake_store.pool.segment import Segment
 from mooncake_store.pull.base import GetOutcome, PeerAddress, Scatter
-from mooncake_store.pull.link import LINGER_MS
 from mooncake_store.pull.puller import Puller
 from mooncake_store.pull.replication import Replicator, ReplicatorHooks
 from mooncake_store.pull.server import OfferAnswer, PullServer, ServerHooks
@@ -56,7 +53,6 @@ __all__ = ["GetOutcome", "Scatter", "StoreClient"]
 logger = logging.getLogger(__name__)
 
 ANNOUNCE_BLOCKS_MAX = 64
-CLOSE_WAIT_S = 2.0
 
 Runs = list[tuple[int, int]]
 
@@ -86,27 +82,27 @@ class StoreClient:
         self.kind = kind
         self.node_id = NodeId(_node_name(kind))
         self.metrics = metrics if metrics is not None else Metrics()
-        self._gate = CallGate()
+        self._is_closed = False
+        self._closing = threading.Lock()
         self._announcing = threading.Lock()
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._closers: list[Callable[[], object]] = [self._close_context]  # run last to first
+        self._closers: list[Callable[[], object]] = []  # run last to first
         try:
             self.media = media if media is not None else self._open_media()
             self._segment = self._open_segment()
             region = self._serve_segment()
             host = self.media.identity()
             self._server = PullServer(
-                self._context, host=config.host, welcome=Welcome(0, self.node_id, host, __version__, region),
+                host=config.host, welcome=Welcome(0, self.node_id, host, __version__, region),
                 source=self._segment, lease_max_ms=max(1, int(config.lease_s * 1000)), metrics=self.metrics,
                 hooks=ServerHooks(on_offer, self._on_dropped, self._describe))
             self._closers.append(self._server.close)
             self.directory = directory if directory is not None else open_directory(config, self.metrics)
             self._closers.append(self.directory.close if directory is None else self._withdraw_all)
             own = PeerAddress(self.node_id, self._server.address, host)
-            self._puller = Puller(self._context, hello=Hello(0, self.node_id, host, __version__), cell=self.directory,
+            self._puller = Puller(hello=Hello(0, self.node_id, host, __version__), cell=self.directory,
                                   media=self.media, config=config, metrics=self.metrics)
             self._closers.append(self._puller.close)
-            self._replicator = Replicator(self._context, own=own, cell=self.directory, metrics=self.metrics,
+            self._replicator = Replicator(own=own, cell=self.directory, metrics=self.metrics,
                                           hooks=ReplicatorHooks(self._segment.lengths, self._tick))
             self._closers.append(self._replicator.close)
             self._server.start()
@@ -143,17 +139,16 @@ class StoreClient:
         """
         runs = _runs(keys, sources)
         is_here = [False] * len(keys)
-        with self._gate.enter() as is_open:
-            if not is_open:
-                self._count("mooncake_put_blocks_total", ["closed"] * len(keys))
-                return is_here
-            kept: list[StoredBlock] = []
-            try:
-                for start in range(0, len(keys), ANNOUNCE_BLOCKS_MAX):
-                    end = min(start + ANNOUNCE_BLOCKS_MAX, len(keys))
-                    is_here[start:end] = self._put_some(keys[start:end], runs[start:end], kept)
-            finally:
-                self._segment.unpin(kept)
+        if self._is_closed:
+            self._count("mooncake_put_blocks_total", ["closed"] * len(keys))
+            return is_here
+        kept: list[StoredBlock] = []
+        try:
+            for start in range(0, len(keys), ANNOUNCE_BLOCKS_MAX):
+                end = min(start + ANNOUNCE_BLOCKS_MAX, len(keys))
+                is_here[start:end] = self._put_some(keys[start:end], runs[start:end], kept)
+        finally:
+            self._segment.unpin(kept)
         return is_here
 
     def match(self, keys: Sequence[BlockKey]) -> int:
@@ -175,16 +170,15 @@ class StoreClient:
             LocalProtocolError: keys and targets do not match.
         """
         runs = _runs(keys, targets)
-        with self._gate.enter() as is_open:
-            if not is_open:
-                return [GetOutcome("failed", "", 0, "the store is closed")] * len(keys)
-            outcomes = self._get_own(keys, runs)
-            rest = [position for position, outcome in enumerate(outcomes) if outcome is None]
-            if rest:
-                pulled = self._pull([keys[position] for position in rest], [targets[position] for position in rest],
-                                    deadline_ns)
-                for position, outcome in zip(rest, pulled, strict=True):
-                    outcomes[position] = outcome
+        if self._is_closed:
+            return [GetOutcome("failed", "", 0, "the store is closed")] * len(keys)
+        outcomes = self._get_own(keys, runs)
+        rest = [position for position, outcome in enumerate(outcomes) if outcome is None]
+        if rest:
+            pulled = self._pull([keys[position] for position in rest], [targets[position] for position in rest],
+                                deadline_ns)
+            for position, outcome in zip(rest, pulled, strict=True):
+                outcomes[position] = outcome
         settled = [outcome for outcome in outcomes if outcome is not None]
         self._count("mooncake_pull_blocks_total", [outcome.result for outcome in settled])
         return settled
@@ -195,37 +189,36 @@ class StoreClient:
 
         Used by capacity nodes: the source has just offered them, so the directory need not know yet.
         """
-        with self._gate.enter() as is_open:
-            if not is_open:
-                return 0
-            reserved: list[StoredBlock] = []
-            adopted: list[StoredBlock] = []
-            gone: list[BlockKey] = []
-            try:
-                for key, length in zip(keys, lengths, strict=True):
-                    room = self._segment.reserve(key, length)
-                    gone.extend(room.evicted)
-                    if room.block is not None:
-                        reserved.append(room.block)
-                targets = [_whole(self._segment.address_of(block), block.extent.length) for block in reserved]
-                wanted = [block.key for block in reserved]
-                results = self._puller.pull(wanted, targets, deadline_ns=deadline_ns, source=source)
-                for block, pulled in zip(list(reserved), results, strict=True):
-                    self._count("mooncake_pull_blocks_total", [pulled.outcome.result])
-                    if pulled.outcome.result == "ok":
-                        self._segment.commit(block, pulled.checksum)
-                        reserved.remove(block)
-                        adopted.append(block)
-            finally:
-                for block in reserved:
-                    self._segment.revoke(block)
-                self._segment.unpin(adopted)
-            self._announce([block.key for block in adopted], gone)
+        if self._is_closed:
+            return 0
+        reserved: list[StoredBlock] = []
+        adopted: list[StoredBlock] = []
+        gone: list[BlockKey] = []
+        try:
+            for key, length in zip(keys, lengths, strict=True):
+                room = self._segment.reserve(key, length)
+                gone.extend(room.evicted)
+                if room.block is not None:
+                    reserved.append(room.block)
+            targets = [_whole(self._segment.address_of(block), block.extent.length) for block in reserved]
+            wanted = [block.key for block in reserved]
+            results = self._puller.pull(wanted, targets, deadline_ns=deadline_ns, source=source)
+            for block, pulled in zip(list(reserved), results, strict=True):
+                self._count("mooncake_pull_blocks_total", [pulled.outcome.result])
+                if pulled.outcome.result == "ok":
+                    self._segment.commit(block, pulled.checksum)
+                    reserved.remove(block)
+                    adopted.append(block)
+        finally:
+            for block in reserved:
+                self._segment.revoke(block)
+            self._segment.unpin(adopted)
+        self._announce([block.key for block in adopted], gone)
         return len(adopted)
 
     def replicate(self, keys: Sequence[BlockKey]) -> None:
         """Offer blocks of our segment to capacity nodes, in the background; never blocks."""
-        if not self._gate.is_closed:
+        if not self._is_closed:
             self._replicator.offer(keys)
 
     def wait_replicated(self, timeout_s: float) -> bool:
@@ -244,20 +237,15 @@ class StoreClient:
 
     def close(self) -> None:
         """Leave the cell and give everything back, within some seconds. Idempotent; running calls end as failed."""
-        if not self._gate.close():
-            return
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
         for close in reversed(self._closers):
             try:
                 close()
-            except (MooncakeError, OSError, zmq.ZMQError):
+            except (MooncakeError, OSError):
                 logger.exception("while closing %s", self.node_id)
-
-    def _close_context(self) -> None:
-        # Sockets must not be closed under a thread that uses them.
-        if self._gate.wait_idle(CLOSE_WAIT_S):
-            self._context.destroy(linger=LINGER_MS)
-        else:
-            logger.warning("%s closed while calls were still running; their sockets end with the process", self.node_id)
 
     def _open_media(self) -> Media:
         media = Media(allowed=self.config.media, host=self.config.host, metrics=self.metrics,

@@ -70,7 +70,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
         node_id: unique for one life of the process.
         kind: ``engine`` (embedded client) or ``store`` (capacity node).
-        control: ZeroMQ address of its pull server, e.g. ``tcp://127.0.0.1:40123``.
+        control: address of its pull server, e.g. ``tcp://127.0.0.1:40123``.
         host: lets a peer see that it is on the same machine.
         pid: process id inside ``host.pid_namespace``.
         capacity_bytes: size of its segment; 0 when it only reads.

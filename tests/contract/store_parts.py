@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -16,7 +17,9 @@ import numpy as np
 
 from mooncake_store.client import StoreClient
 from mooncake_store.config import StoreConfig
+from mooncake_store.pull import wire
 from mooncake_store.pull.base import Scatter
+from mooncake_store.pull.channel import split_address
 from mooncake_store.types import block_key
 
 NUM_PIECES = 5
@@ -99,6 +102,34 @@ def flip_byte(client: StoreClient, number: int) -> None:
     value = ctypes.string_at(address, 1)[0]
     ctypes.memset(address, value ^ 0xFF, 1)
     client._segment.unpin([block])
+
+
+class RawPeer:
+    """A connection to a member's control socket that sends anything; use it as a context manager."""
+
+    def __init__(self, address: str):
+        self.socket = socket.create_connection(split_address(address), timeout=10)
+        self._inbox = wire.Inbox()
+
+    def send(self, message: wire.Message) -> None:
+        self.socket.sendall(wire.frame(message))
+
+    def send_bytes(self, data: bytes) -> None:
+        """Send these bytes as one message."""
+        self.socket.sendall(len(data).to_bytes(wire.LENGTH_BYTES, "big") + data)
+
+    def receive(self) -> wire.Message:
+        while (message := self._inbox.take()) is None:
+            data = self.socket.recv(1 << 16)
+            assert data, "the member hung up"
+            self._inbox.feed(data)
+        return message
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
 
 
 class OwnerProcess:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import threading
 import time
 
 import numpy as np
 import pytest
-import zmq
 
 from contract.store_parts import (
     BLOCK_BYTES,
     Blocks,
+    RawPeer,
     assert_at_rest,
     content_of,
     flip_byte,
@@ -68,7 +69,7 @@ def cell():
     yield made
     for member in made.members:
         client = getattr(member, "client", member)
-        wait_for(lambda client=client: client.status()["mooncake_leases_active"] == 0 or client._gate.is_closed,
+        wait_for(lambda client=client: client.status()["mooncake_leases_active"] == 0 or client._is_closed,
                  what="the end of all leases")
         client._segment.check()
         member.close()
@@ -150,14 +151,13 @@ def test_a_corrupt_block_is_never_delivered_and_its_owner_drops_it(cell):
 def test_a_false_report_costs_the_owner_nothing(cell):
     owner = cell.client()
     put(owner, [1])
-    socket = owner._context.socket(zmq.DEALER)
-    socket.connect(owner.address)
-    socket.send(wire.encode(wire.Hello(1, "liar", HostIdentity("x", 1), "0")))
-    socket.recv()
-    for _ in range(200):
-        socket.send(wire.encode(wire.Report(key_of(1), 0)))
-    assert query_status(owner.address, 2.0).samples["mooncake_segment_blocks"] == 1
-    socket.close(linger=0)
+    with RawPeer(owner.address) as peer:
+        peer.send(wire.Hello(1, "liar", HostIdentity("x", 1), "0"))
+        peer.receive()
+        for _ in range(200):
+            peer.send(wire.Report(key_of(1), 0))
+        peer.send(wire.StatusRequest(2))
+        assert peer.receive().samples["mooncake_segment_blocks"] == 1
 
 
 class SlowMedia:
@@ -325,6 +325,7 @@ def test_a_capacity_node_takes_copies_that_outlive_their_source(cell):
     source.close()
     source.directory.close()
     assert results(get(reader, range(10))) == ["ok"] * 10
+    wait_for(lambda: node.client.status()["mooncake_leases_active"] == 0)
     assert_at_rest(node.client.status())
 
 
@@ -338,46 +339,42 @@ def test_replication_without_a_node_is_counted_and_costs_nothing(cell):
 
 def test_an_engine_refuses_offers(cell):
     engine = cell.client()
-    socket = engine._context.socket(zmq.DEALER)
-    socket.connect(engine.address)
-    socket.send(wire.encode(wire.Offer(1, "x", "tcp://127.0.0.1:1", HostIdentity("h", 1), (b"k",), (1,))))
-    assert wire.decode(socket.recv()) == wire.Denied(1, "not_a_store")
-    socket.close(linger=0)
+    with RawPeer(engine.address) as peer:
+        peer.send(wire.Offer(1, "x", "tcp://127.0.0.1:1", HostIdentity("h", 1), (b"k",), (1,)))
+        assert peer.receive() == wire.Denied(1, "not_a_store")
 
 
 def test_garbage_is_answered_counted_and_survived(cell):
     owner, reader = cell.client(), cell.client()
     put(owner, [1])
-    socket = owner._context.socket(zmq.DEALER)
-    socket.connect(owner.address)
-    for garbage in (b"", b"\x02\xff\xff", b"\x01abc", wire.encode(wire.Renewed(1, 1, 1)),
-                    wire.encode(wire.Acquire(7, (b"k",), 100))):
-        socket.send(garbage)
-    answers = [wire.decode(socket.recv()) for _ in range(5)]
-    assert [answer.reason for answer in answers] == ["malformed", "malformed", "version", "unexpected", "hello_first"]
+    with RawPeer(owner.address) as peer:
+        for garbage in (b"", b"\x03\xff\xff", b"\x01abc", wire.encode(wire.Renewed(1, 1, 1)),
+                        wire.encode(wire.Acquire(7, (b"k",), 100))):
+            peer.send_bytes(garbage)
+        reasons = [peer.receive().reason for _ in range(5)]
+        assert reasons == ["malformed", "malformed", "version", "unexpected", "hello_first"]
+        peer.socket.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        assert peer.socket.recv(1) == b"", "what cannot be told apart ends the connection"
     status = query_status(owner.address, 2.0).samples
-    for reason in ("empty", "malformed", "version", "unexpected"):
+    for reason in ("empty", "malformed", "version", "unexpected", "too_large"):
         assert status[f'mooncake_protocol_errors_total{{reason="{reason}"}}'] == 1
     assert results(get(reader, [1])) == ["ok"]
-    socket.close(linger=0)
 
 
 def test_one_leaking_reader_cannot_take_all_leases(cell):
     owner, reader = cell.client(lease_s=0.3), cell.client()
     put(owner, [1])
     owner._server._leases._max_per_peer = 3
-    socket = owner._context.socket(zmq.DEALER)
-    socket.connect(owner.address)
-    socket.send(wire.encode(wire.Hello(1, "leak", HostIdentity("h", 1), "0")))
-    socket.recv()
-    for number in range(5):
-        socket.send(wire.encode(wire.Acquire(number, (key_of(1),), 60_000)))
-    kinds = [type(wire.decode(socket.recv())).__name__ for _ in range(5)]
-    assert kinds == ["Granted"] * 3 + ["Denied"] * 2
-    assert results(get(reader, [1])) == ["ok"]
-    wait_for(lambda: owner.status()["mooncake_leases_active"] == 0, what="the leaked leases expire")
-    assert owner.status()['mooncake_leases_total{result="expired"}'] == 3
-    socket.close(linger=0)
+    with RawPeer(owner.address) as peer:
+        peer.send(wire.Hello(1, "leak", HostIdentity("h", 1), "0"))
+        peer.receive()
+        for number in range(5):
+            peer.send(wire.Acquire(number, (key_of(1),), 60_000))
+        kinds = [type(peer.receive()).__name__ for _ in range(5)]
+        assert kinds == ["Granted"] * 3 + ["Denied"] * 2
+        assert results(get(reader, [1])) == ["ok"]
+        wait_for(lambda: owner.status()["mooncake_leases_active"] == 0, what="the leaked leases expire")
+        assert owner.status()['mooncake_leases_total{result="expired"}'] == 3
 
 
 def test_status_over_the_control_socket(cell):
@@ -396,20 +393,19 @@ def test_status_over_the_control_socket(cell):
 
 
 def test_a_status_answer_that_is_none_is_a_protocol_error(cell):
-    context = zmq.Context()
-    socket = context.socket(zmq.ROUTER)
-    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
 
-    def answer():
-        peer, _ = socket.recv_multipart()
-        socket.send_multipart([peer, wire.encode(wire.Release(1))])
+        def answer():
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(100)
+                connection.sendall(wire.frame(wire.Release(1)))
 
-    thread = threading.Thread(target=answer)
-    thread.start()
-    with pytest.raises(RemoteProtocolError, match="Release"):
-        query_status(f"tcp://127.0.0.1:{port}", 2.0)
-    thread.join()
-    context.destroy(linger=0)
+        thread = threading.Thread(target=answer)
+        thread.start()
+        with pytest.raises(RemoteProtocolError, match="Release"):
+            query_status(f"tcp://127.0.0.1:{listener.getsockname()[1]}", 2.0)
+        thread.join()
 
 
 def test_closing_twice_and_calling_afterwards_is_harmless(cell):

@@ -220,6 +220,7 @@ def test_a_capacity_node_keeps_what_its_source_took_to_the_grave(etcd, settings,
         wait_for(lambda: source.node_id not in reader.directory.members(), 5, "the source leaves")
         wait_located(reader, range(20))
         assert results(get(reader, range(20))) == ["ok"] * 20
+        wait_for(lambda: node.ask("status")["mooncake_leases_active"] == 0)
         assert_at_rest(node.ask("status"))
 
 

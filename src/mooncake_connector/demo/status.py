@@ -7,14 +7,13 @@ import urllib.request
 from collections.abc import Iterable
 
 import msgspec
-import zmq
 from prometheus_client.parser import text_string_to_metric_families
 
 from mooncake_store.config import StoreConfig
 from mooncake_store.directory.open import open_directory
-from mooncake_store.errors import MooncakeError, PeerUnreachable, RemoteProtocolError
+from mooncake_store.errors import MooncakeError, PeerUnreachable
 from mooncake_store.metrics import Metrics
-from mooncake_store.pull.wire import StatusReply, StatusRequest, decode, encode
+from mooncake_store.pull.control import query_status
 from mooncake_store.types import Member
 
 QUERY_TIMEOUT_S = 3.0
@@ -43,7 +42,6 @@ class CellStatus:
 
     def __init__(self, directory: str) -> None:
         self._directory = open_directory(StoreConfig(directory=directory), Metrics())
-        self._context = zmq.Context()
 
     def __enter__(self) -> CellStatus:
         return self
@@ -54,7 +52,6 @@ class CellStatus:
     def close(self) -> None:
         """Stop watching. Idempotent."""
         self._directory.close()
-        self._context.destroy(linger=0)
 
     def members(self) -> list[Member]:
         """Return the members known now."""
@@ -77,32 +74,12 @@ class CellStatus:
         for member in self.members():
             status = MemberStatus(member)
             try:
-                reply = ask_member(self._context, member.control, timeout_s=timeout_s)
+                reply = query_status(member.control, timeout_s)
                 status.samples, status.info = reply.samples, reply.info
             except MooncakeError as error:
                 status.error = error.message
             found.append(status)
         return found
-
-
-def ask_member(context: zmq.Context[zmq.Socket[bytes]], control: str, *, timeout_s: float) -> StatusReply:
-    """Ask one member for its metrics.
-
-    Raises:
-        PeerUnreachable: if it does not answer in time.
-        RemoteProtocolError: if its answer makes no sense.
-    """
-    with context.socket(zmq.DEALER) as socket:
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(control)
-        socket.send(encode(StatusRequest(request_id=1)))
-        if not socket.poll(int(timeout_s * 1000)):
-            raise PeerUnreachable(f"no answer from {control} in {timeout_s:g} s", where=control,
-                                  hint="is the process alive?")
-        reply = decode(socket.recv())
-    if not isinstance(reply, StatusReply):
-        raise RemoteProtocolError(f"{control} answered a status request with {type(reply).__name__}", where=control)
-    return reply
 
 
 def scrape(url: str) -> dict[str, float]:
@@ -120,7 +97,7 @@ def scrape(url: str) -> dict[str, float]:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if not sample.name.endswith(("_created", "_bucket")):
-                source = sample.labels.get("source")
+                source = sample.labels.get("source") or sample.labels.get("cache_source")
                 name = f'{sample.name}{{source="{source}"}}' if source else sample.name
                 totals[name] = totals.get(name, 0.0) + sample.value
     return totals

@@ -15,10 +15,10 @@ LEASES_PER_PEER_MAX = 1_024
 
 
 class Lease(NamedTuple):
-    """One promise. ``peer`` is the connection it was given to; no other can renew or release it."""
+    """One promise. ``peer`` is the number of the connection it was given to; no other can renew or release it."""
 
     lease_id: int
-    peer: bytes
+    peer: int
     blocks: tuple[HeldBlock, ...]
 
 
@@ -35,18 +35,18 @@ class LeaseTable:
         self._max_per_peer = max_per_peer
         self._leases: dict[int, Lease] = {}
         self._deadlines: dict[int, int] = {}
-        self._per_peer: dict[bytes, int] = {}
+        self._per_peer: dict[int, int] = {}
         self._due: list[tuple[int, int]] = []  # (deadline_ns, lease_id); renewals leave stale pairs behind
         self._last_id = 0
 
     def __len__(self) -> int:
         return len(self._leases)
 
-    def has_room(self, peer: bytes) -> bool:
+    def has_room(self, peer: int) -> bool:
         """Tell whether one more lease may be granted to this connection."""
         return len(self._leases) < self._max_leases and self._per_peer.get(peer, 0) < self._max_per_peer
 
-    def grant(self, peer: bytes, blocks: tuple[HeldBlock, ...], *, deadline_ns: int) -> int:
+    def grant(self, peer: int, blocks: tuple[HeldBlock, ...], *, deadline_ns: int) -> int:
         """Record a promise and return its id, which is never reused."""
         self._last_id += 1
         lease_id = self._last_id
@@ -55,7 +55,7 @@ class LeaseTable:
         self._schedule(lease_id, deadline_ns)
         return lease_id
 
-    def renew(self, peer: bytes, lease_id: int, *, deadline_ns: int) -> bool:
+    def renew(self, peer: int, lease_id: int, *, deadline_ns: int) -> bool:
         """Prolong a promise; False when there is none such for this connection. Never shortens."""
         lease = self._leases.get(lease_id)
         if lease is None or lease.peer != peer:
@@ -64,7 +64,7 @@ class LeaseTable:
             self._schedule(lease_id, deadline_ns)
         return True
 
-    def release(self, peer: bytes, lease_id: int) -> Lease | None:
+    def release(self, peer: int, lease_id: int) -> Lease | None:
         """End a promise; None when there is none such for this connection (it expired)."""
         lease = self._leases.get(lease_id)
         if lease is None or lease.peer != peer:

@@ -68,7 +68,7 @@ class Peers:
         """Take a link to a peer and book ``num_bytes``; None when either bound is reached now.
 
         Raises:
-            zmq.ZMQError: the peer's address cannot be used.
+            PeerUnreachable: the peer's address cannot be used.
         """
         dead: list[PeerLink] = []
         try:

@@ -17,8 +17,6 @@ import threading
 import time
 from collections.abc import Sequence
 
-import zmq
-
 from mooncake_store.config import StoreConfig
 from mooncake_store.image import merge_adjacent
 from mooncake_store.metrics import Metrics
@@ -43,7 +41,6 @@ class Puller:
     """Pulls blocks for one process.
 
     Args:
-        context: ZeroMQ context to make sockets in; outlives the puller.
         hello: what to say of ourselves; its request id is not used.
         cell: who holds what.
         media: what opens a peer's region.
@@ -51,9 +48,7 @@ class Puller:
         metrics: where to count.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], *, hello: Hello, cell: Cell, media: Attacher,
-                 config: StoreConfig, metrics: Metrics) -> None:
-        self._context = context
+    def __init__(self, *, hello: Hello, cell: Cell, media: Attacher, config: StoreConfig, metrics: Metrics) -> None:
         self._hello = hello
         self._cell = cell
         self._media = media
@@ -122,7 +117,7 @@ class Puller:
         session = PeerSession(peer, node_id=hello.node_id, host=hello.host, version=hello.version,
                               lease_ttl_ms=max(1, int(self._config.lease_s * 1000)),
                               answer_timeout_ns=ANSWER_TIMEOUT_NS)
-        return PeerLink(self._context, peer, session)
+        return PeerLink(peer, session)
 
     def _whereabouts(self, keys: Sequence[BlockKey], source: PeerAddress | None,
                      now_ns: int) -> tuple[dict[NodeId, PeerAddress], list[list[NodeId]]]:

@@ -13,8 +13,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import zmq
-
 from mooncake_store.errors import MooncakeError
 from mooncake_store.metrics import Metrics
 from mooncake_store.pull.base import Cell, PeerAddress
@@ -59,9 +57,7 @@ class Replicator:
         own: our address, from which the nodes pull.
     """
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], *, own: PeerAddress, cell: Cell, hooks: ReplicatorHooks,
-                 metrics: Metrics) -> None:
-        self._context = context
+    def __init__(self, *, own: PeerAddress, cell: Cell, hooks: ReplicatorHooks, metrics: Metrics) -> None:
         self._own = own
         self._cell = cell
         self._hooks = hooks
@@ -140,7 +136,7 @@ class Replicator:
         offer = Offer(1, self._own.node_id, self._own.control, self._own.host,
                       tuple(key for key, _ in blocks), tuple(length for _, length in blocks))
         try:
-            answer = ask(self._context, control, offer, Accepted, timeout_s=OFFER_TIMEOUT_S)
+            answer = ask(control, offer, Accepted, timeout_s=OFFER_TIMEOUT_S)
         except MooncakeError as error:
             logger.debug("%d blocks were not taken by %s: %s", len(blocks), control, error.message)
             self._metrics.add("mooncake_replicate_blocks_total", len(blocks), result="failed")

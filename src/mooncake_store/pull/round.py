@@ -6,6 +6,7 @@ leases are renewed. Threading model: one round, one thread.
 
 from __future__ import annotations
 
+import select
 import threading
 import time
 from collections import deque
@@ -13,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-import zmq
 
 from mooncake_store.errors import MooncakeError
 from mooncake_store.metrics import Metrics
@@ -28,7 +28,6 @@ from mooncake_store.transport.checksum import checksum_of, is_comparable
 from mooncake_store.types import BlockKey, NodeId
 
 POLL_MAX_MS = 50
-MESSAGES_PER_POLL_MAX = 16
 
 
 class Target(NamedTuple):
@@ -46,13 +45,14 @@ class RoundResult(NamedTuple):
 
 
 class _Active:
-    """One batch under way on one link."""
+    """One batch under way on one link; ``events`` is what its connection is polled for."""
 
-    __slots__ = ("batch", "link", "read")
+    __slots__ = ("batch", "events", "link", "read")
 
     def __init__(self, batch: Batch, link: PeerLink) -> None:
         self.batch = batch
         self.link = link
+        self.events = 0
         self.read: Read | None = None
 
 
@@ -75,72 +75,73 @@ class PullRound:
         self._metrics = metrics
         self._is_verifying = is_verifying
         self._closing = closing
-        self._poller = zmq.Poller()
-        self._active: dict[NodeId, _Active] = {}
+        self._poller = select.poll()
+        self._waiting: dict[NodeId, deque[Batch]] = {}
+        self._active: dict[int, _Active] = {}  # by the connection's descriptor; at most one of each peer
+        self._busy: set[NodeId] = set()
         self._result = RoundResult({}, [])
 
     def run(self, batches: Sequence[Batch], addresses: Mapping[NodeId, PeerAddress]) -> RoundResult:
         """Pull every batch; returns when each of their blocks is settled."""
-        waiting: dict[NodeId, deque[Batch]] = {}
         for batch in batches:
-            waiting.setdefault(batch.peer, deque()).append(batch)
+            self._waiting.setdefault(batch.peer, deque()).append(batch)
         try:
-            while waiting or self._active:
+            while self._waiting or self._active:
                 now_ns = time.monotonic_ns()
                 if self._closing.is_set():
                     break
                 if now_ns >= self._deadline_ns:
                     # What is under way ends by itself: its waits and reads have this deadline too.
-                    self._give_up_all(waiting, "the deadline passed")
-                self._start(waiting, addresses)
+                    self._give_up_all("the deadline passed")
+                if self._waiting:
+                    self._start(addresses)
                 if self._active:
-                    self._step(waiting)
-                elif waiting:
+                    self._step()
+                elif self._waiting:
                     self._peers.wait(min(0.05, max(0.0, (self._deadline_ns - now_ns) / 1e9)))
         finally:
             for active in list(self._active.values()):
-                self._carry_out(active, active.link.session.abandon("the store is closing"), waiting)
-            self._give_up_all(waiting, "the store is closing")
+                self._carry_out(active, active.link.session.abandon("the store is closing"))
+            self._give_up_all("the store is closing")
         return self._result
 
-    def _start(self, waiting: dict[NodeId, deque[Batch]], addresses: Mapping[NodeId, PeerAddress]) -> None:
-        for node_id in list(waiting):
-            if node_id in self._active:
-                continue
-            batch = waiting[node_id][0]
+    def _start(self, addresses: Mapping[NodeId, PeerAddress]) -> None:
+        for node_id in [node_id for node_id in self._waiting if node_id not in self._busy]:
+            batches = self._waiting[node_id]
             try:
-                link = self._peers.try_begin(addresses[node_id], batch.num_bytes)
-            except zmq.ZMQError as error:
-                self._give_up(waiting.pop(node_id), node_id, f"cannot connect to {addresses[node_id].control}: {error}")
+                link = self._peers.try_begin(addresses[node_id], batches[0].num_bytes)
+            except MooncakeError as error:
+                del self._waiting[node_id]
+                self._peers.blame(node_id, error.message, time.monotonic_ns())
+                self._give_up(batches, node_id, error.message)
                 continue
             if link is None:
                 continue
-            waiting[node_id].popleft()
-            if not waiting[node_id]:
-                del waiting[node_id]
-            self._active[node_id] = active = _Active(batch, link)
-            self._poller.register(link.socket, zmq.POLLIN)
-            self._poller.register(link.monitor, zmq.POLLIN)
+            active = self._active[link.channel.fd] = _Active(batches.popleft(), link)
+            if not batches:
+                del self._waiting[node_id]
+            self._busy.add(node_id)
             now_ns = time.monotonic_ns()
-            self._carry_out(active, link.session.begin(batch, now_ns, deadline_ns=self._deadline_ns), waiting)
+            self._carry_out(active, link.session.begin(active.batch, now_ns, deadline_ns=self._deadline_ns))
 
-    def _step(self, waiting: dict[NodeId, deque[Batch]]) -> None:
+    def _step(self) -> None:
         """Wait for what comes next, take it in, then read at most one slice per peer."""
-        ready = dict(self._poller.poll(self._poll_timeout_ms()))
+        for fd, active in self._active.items():
+            events = active.link.channel.events
+            if events != active.events:
+                active.events = events
+                self._poller.register(fd, events)
+        for fd, _ in self._poller.poll(self._poll_timeout_ms()):
+            self._take_messages(self._active[fd])
+        now_ns = time.monotonic_ns()
         for active in list(self._active.values()):
-            link = active.link
-            if link.socket in ready:
-                self._take_messages(active, waiting)
-            # A link that was given back may already be another thread's.
-            if self._is_active(active) and link.monitor in ready and (reason := link.lost_reason()):
-                self._carry_out(active, link.session.on_lost(reason), waiting)
-            if self._is_active(active):
-                self._carry_out(active, link.session.on_tick(time.monotonic_ns()), waiting)
-        for active in list(self._active.values()):
+            wake_ns = active.link.session.wake_ns
+            if wake_ns is not None and now_ns >= wake_ns:
+                self._carry_out(active, active.link.session.on_tick(now_ns))
             read, active.read = active.read, None
             if read is not None:
                 verdicts = self._read(active.link, read)
-                self._carry_out(active, active.link.session.on_slice(verdicts, time.monotonic_ns()), waiting)
+                self._carry_out(active, active.link.session.on_slice(verdicts, time.monotonic_ns()))
 
     def _poll_timeout_ms(self) -> int:
         if any(active.read is not None for active in self._active.values()):
@@ -150,22 +151,23 @@ class PullRound:
         # round up: a millisecond early would spin until it is time
         return max(0, min(POLL_MAX_MS, -(-(soonest_ns - time.monotonic_ns()) // 1_000_000)))
 
-    def _take_messages(self, active: _Active, waiting: dict[NodeId, deque[Batch]]) -> None:
-        for _ in range(MESSAGES_PER_POLL_MAX):
-            if not self._is_active(active):
-                return
+    def _take_messages(self, active: _Active) -> None:
+        link = active.link
+        lost_reason = link.exchange()
+        while self._is_active(active):  # a link that was given back may already be another thread's
             try:
-                message = active.link.receive()
+                message = link.channel.take()
             except WireError as error:
                 self._metrics.add("mooncake_protocol_errors_total", reason=error.reason)
-                self._carry_out(active, active.link.session.on_invalid(error.message), waiting)
+                self._carry_out(active, link.session.on_invalid(error.message))
                 return
             if message is None:
-                return
-            self._carry_out(active, active.link.session.on_message(message, time.monotonic_ns()), waiting)
+                break
+            self._carry_out(active, link.session.on_message(message, time.monotonic_ns()))
+        if lost_reason and self._is_active(active):
+            self._carry_out(active, link.session.on_lost(lost_reason))
 
-    def _carry_out(self, active: _Active, instructions: Sequence[Instruction],
-                   waiting: dict[NodeId, deque[Batch]]) -> None:
+    def _carry_out(self, active: _Active, instructions: Sequence[Instruction]) -> None:
         link, node_id = active.link, active.link.peer.node_id
         todo = deque(instructions)
         while todo:
@@ -185,11 +187,10 @@ class PullRound:
                 case Finish():
                     self._end(active, is_reusable=True)
                 case Drop(reason, is_blamed):
-                    active.read = None
                     self._end(active, is_reusable=False)
                     if is_blamed:
                         self._peers.blame(node_id, reason, time.monotonic_ns())
-                        self._give_up(waiting.pop(node_id, deque()), node_id, reason)
+                        self._give_up(self._waiting.pop(node_id, deque()), node_id, reason)
 
     def _read(self, link: PeerLink, read: Read) -> tuple[Verdict, ...]:
         """Move and verify one slice."""
@@ -224,7 +225,7 @@ class PullRound:
         return tuple(verdicts)
 
     def _is_active(self, active: _Active) -> bool:
-        return self._active.get(active.link.peer.node_id) is active
+        return self._active.get(active.link.channel.fd) is active
 
     def _fail(self, position: int, reason: str, node_id: NodeId) -> None:
         if position not in self._result.pulled:
@@ -235,15 +236,18 @@ class PullRound:
             for want in batch.wants:
                 self._fail(want.position, reason, node_id)
 
-    def _give_up_all(self, waiting: dict[NodeId, deque[Batch]], reason: str) -> None:
-        for node_id in list(waiting):
-            self._give_up(waiting.pop(node_id), node_id, reason)
+    def _give_up_all(self, reason: str) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for node_id, batches in waiting.items():
+            self._give_up(batches, node_id, reason)
 
     def _end(self, active: _Active, *, is_reusable: bool) -> None:
         link = active.link
-        del self._active[link.peer.node_id]
-        self._poller.unregister(link.socket)
-        self._poller.unregister(link.monitor)
+        del self._active[link.channel.fd]
+        self._busy.remove(link.peer.node_id)
+        active.read = None
+        if active.events:
+            self._poller.unregister(link.channel.fd)
         self._peers.end(link, active.batch.num_bytes, is_reusable=is_reusable)
 
 

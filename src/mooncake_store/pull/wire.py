@@ -1,6 +1,7 @@
 """Define the messages that readers and owners exchange, and turn them into bytes and back.
 
-Pure. A message is one version byte followed by one msgpack array whose first element is the message's tag.
+Pure. A message is one version byte followed by one msgpack array whose first element is the message's tag. On a stream
+its length goes before it, as 4 bytes, big-endian.
 
 ==============  ==================  =====================================================================
 reader -> owner  answered with       meaning
@@ -29,8 +30,9 @@ from mooncake_store.errors import LocalProtocolError, RemoteProtocolError
 from mooncake_store.transport.base import RegionDescriptor
 from mooncake_store.types import CONTENT_MAX_BYTES, NAMESPACE_BYTES, PART_BYTES, HostIdentity
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 MESSAGE_MAX_BYTES = 1 << 20
+LENGTH_BYTES = 4
 KEYS_MAX = 1024
 KEY_MAX_BYTES = NAMESPACE_BYTES + PART_BYTES + CONTENT_MAX_BYTES
 TEXT_MAX_CHARS = 512
@@ -53,6 +55,10 @@ class WireError(RemoteProtocolError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message, hint="run the same mooncake version on every member of the cell")
         self.reason = reason
+
+
+class FramingError(WireError):
+    """What follows on the stream cannot be told apart: the connection is of no more use."""
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -213,9 +219,49 @@ def decode(data: bytes | memoryview) -> Message:
     if data[0] != WIRE_VERSION:
         raise WireError("version", f"wire version {data[0]}; this side speaks {WIRE_VERSION}")
     try:
-        message: Message = _DECODER.decode(data[1:])
+        message: Message = _DECODER.decode(memoryview(data)[1:])
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise WireError("malformed", f"not a valid message: {error}") from error
     if isinstance(message, Offer) and len(message.keys) != len(message.lengths):
         raise WireError("malformed", f"an offer of {len(message.keys)} keys with {len(message.lengths)} lengths")
     return message
+
+
+def frame(message: Message) -> bytes:
+    """Return one message as it goes onto a stream. Raises LocalProtocolError as ``encode``."""
+    data = encode(message)
+    return len(data).to_bytes(LENGTH_BYTES, "big") + data
+
+
+class Inbox:
+    """Cuts a stream into messages. Keeps what was fed and not taken: less than a message, when all are taken."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def __len__(self) -> int:
+        return len(self._bytes)
+
+    def feed(self, data: bytes) -> None:
+        """Append what arrived."""
+        self._bytes += data
+
+    def take(self) -> Message | None:
+        """Take the next message; None when it is not complete.
+
+        Raises:
+            WireError: as ``decode``; the message is taken nevertheless.
+            FramingError: with ``reason`` ``too_large``.
+        """
+        num_bytes = len(self._bytes)
+        if num_bytes < LENGTH_BYTES:
+            return None
+        size = int.from_bytes(self._bytes[:LENGTH_BYTES], "big")
+        if size > MESSAGE_MAX_BYTES:
+            raise FramingError("too_large", f"a message of {size} bytes, more than {MESSAGE_MAX_BYTES}")
+        end = LENGTH_BYTES + size
+        if num_bytes < end:
+            return None
+        data = bytes(self._bytes[LENGTH_BYTES:end])
+        del self._bytes[:end]
+        return decode(data)

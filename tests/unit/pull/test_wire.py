@@ -17,21 +17,21 @@ REGION = RegionDescriptor(5, 4096, HOST, (ShmOffer("sock"), CmaOffer(1, 2, 3, 4)
 
 # These bytes are what every released version speaks: changing one means a new WIRE_VERSION.
 GOLDEN = [
-    (wire.Hello(1, "n", HOST, "0.1"), "0295a568656c6c6f01a16e92a4626f6f7407a3302e31"),
-    (wire.Welcome(1, "n", HOST, "0.1", None), "0296a777656c636f6d6501a16e92a4626f6f7407a3302e31c0"),
-    (wire.Acquire(2, (b"k", b"l"), 5000), "0294a7616371756972650292c4016bc4016ccd1388"),
+    (wire.Hello(1, "n", HOST, "0.1"), "0395a568656c6c6f01a16e92a4626f6f7407a3302e31"),
+    (wire.Welcome(1, "n", HOST, "0.1", None), "0396a777656c636f6d6501a16e92a4626f6f7407a3302e31c0"),
+    (wire.Acquire(2, (b"k", b"l"), 5000), "0394a7616371756972650292c4016bc4016ccd1388"),
     (wire.Granted(2, 3, 5000, (wire.BlockEntry(4096, 10, 99), None)),
-     "0295a76772616e7465640203cd13889293cd10000a63c0"),
-    (wire.Denied(2, "busy"), "0294a664656e69656402a462757379a0"),
-    (wire.Renew(3, 3, 5000), "0294a572656e65770303cd1388"),
-    (wire.Renewed(3, 3, 5000), "0294a772656e657765640303cd1388"),
-    (wire.Release(3), "0292a772656c6561736503"),
-    (wire.Report(b"k", 1), "0293a67265706f7274c4016b01"),
+     "0395a76772616e7465640203cd13889293cd10000a63c0"),
+    (wire.Denied(2, "busy"), "0394a664656e69656402a462757379a0"),
+    (wire.Renew(3, 3, 5000), "0394a572656e65770303cd1388"),
+    (wire.Renewed(3, 3, 5000), "0394a772656e657765640303cd1388"),
+    (wire.Release(3), "0392a772656c6561736503"),
+    (wire.Report(b"k", 1), "0393a67265706f7274c4016b01"),
     (wire.Offer(4, "n", "tcp://h:1", HOST, (b"k",), (10,)),
-     "0297a56f6666657204a16ea97463703a2f2f683a3192a4626f6f740791c4016b910a"),
-    (wire.Accepted(4, 1, 0), "0294a86163636570746564040100"),
-    (wire.StatusRequest(5), "0292a77374617475733f05"),
-    (wire.StatusReply(5, {"m": 1.0}, {"a": "b"}), "0294a67374617475730581a16dcb3ff000000000000081a161a162"),
+     "0397a56f6666657204a16ea97463703a2f2f683a3192a4626f6f740791c4016b910a"),
+    (wire.Accepted(4, 1, 0), "0394a86163636570746564040100"),
+    (wire.StatusRequest(5), "0392a77374617475733f05"),
+    (wire.StatusReply(5, {"m": 1.0}, {"a": "b"}), "0394a67374617475730581a16dcb3ff000000000000081a161a162"),
 ]
 
 
@@ -78,17 +78,17 @@ def test_damaged_messages_are_rejected_or_still_within_bounds(which, position, v
 @pytest.mark.parametrize(("data", "reason"), [
     (b"", "empty"),
     (b"\x01" + wire.encode(wire.Release(1))[1:], "version"),
-    (b"\x02" + bytes(wire.MESSAGE_MAX_BYTES), "too_large"),
+    (b"\x03" + bytes(wire.MESSAGE_MAX_BYTES), "too_large"),
     (wire.encode(wire.Release(1)) + b"\0", "malformed"),
-    (b"\x02" + msgspec.msgpack.encode(["release", -1]), "malformed"),
-    (b"\x02" + msgspec.msgpack.encode(["release", 1, 2]), "malformed"),
-    (b"\x02" + msgspec.msgpack.encode(["acquire", 1, [], 5]), "malformed"),
-    (b"\x02" + msgspec.msgpack.encode(["acquire", 1, [b"k" * 83], 5]), "malformed"),
-    (b"\x02" + msgspec.msgpack.encode(["acquire", 1, [b"k"] * 1025, 5]), "malformed"),
-    (b"\x02" + msgspec.msgpack.encode(["acquire", 1, [b"k"], 0]), "malformed"),
-    (b"\x02" + msgspec.msgpack.encode(["offer", 1, "n", "c", ["b", 1], [b"k"], [1, 2]]), "malformed"),
-    (b"\x02" + msgspec.msgpack.encode({"type": "release"}), "malformed"),
-    (b"\x02" + msgspec.msgpack.encode(["renewal", 1]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["release", -1]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["release", 1, 2]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [], 5]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k" * 83], 5]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k"] * 1025, 5]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k"], 0]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["offer", 1, "n", "c", ["b", 1], [b"k"], [1, 2]]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode({"type": "release"}), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["renewal", 1]), "malformed"),
 ], ids=range(13))
 def test_what_breaks_a_rule_is_rejected_for_that_reason(data, reason):
     with pytest.raises(wire.WireError) as caught:
