@@ -224,7 +224,9 @@ class TokenLedger:
 
     def over_share(self, name: str) -> float:
         """Return how many times its equal share a name was served lately, between 1 and ``OVER_SHARE_MAX``."""
-        return min(max(self.share(name) * len(self._tokens), 1.0), OVER_SHARE_MAX)
+        # Somebody who was not served yet is one more to share with.
+        num_names = max(len(self._tokens), 2 if name else 1)
+        return min(max(self.share(name) * num_names, 1.0), OVER_SHARE_MAX)
 
     def _decay(self, now_s: float) -> None:
         # In steps, because every name is touched.

@@ -40,11 +40,11 @@ class Cell:
     def engines(self) -> list[FakeEngine]:
         return [*self.prefills, *self.decodes]
 
-    def post(self, path: str = "/v1/completions", **body: Any) -> Any:
+    def post(self, path: str = "/v1/completions", *, headers: dict[str, str] | None = None, **body: Any) -> Any:
         body = {"model": MODEL, "prompt": TEXT, "max_tokens": 8, **body}
         if path.endswith("chat/completions"):
             body.setdefault("messages", [{"role": "user", "content": body.pop("prompt")}])
-        return self.http.post(self.app.url + path, data=json.dumps(body))
+        return self.http.post(self.app.url + path, data=json.dumps(body), headers=headers)
 
     async def ask(self, path: str = "/v1/completions", **body: Any) -> tuple[int, dict[str, str], bytes]:
         async with self.post(path, **body) as response:

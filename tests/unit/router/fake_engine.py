@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ class FakeEngine:
         fail_status: answer completions with this status.
         die_after: close the connection after so many events (0 = before the first).
         has_connector: whether it answers with kv_transfer_params.
+        is_serial: prefill one prompt at a time.
+        prompt_tokens, cached_tokens: what it says it counted; 0 = says nothing.
         needs_prefill: a set of transfer ids: a decode leg waits until its own is in it.
     """
 
@@ -50,6 +53,9 @@ class FakeEngine:
         self.die_on_prefill = False
         self.has_connector = True
         self.is_done_missing = False
+        self.is_serial = False
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
         self.needs_prefill: set[str] | None = None
         self.prefilled: set[str] = set()
         self.health_status = 200
@@ -60,6 +66,7 @@ class FakeEngine:
         self.engine_id = ""
         self.url = ""
         self.port = 0
+        self._turn = asyncio.Lock()
         self._runner: web.AppRunner | None = None
         self.set(**knobs)
 
@@ -148,12 +155,18 @@ class FakeEngine:
     async def _prefill(self, request: web.Request, call: Call) -> web.StreamResponse:
         if self.fail_prefill_status:
             return _error(self.fail_prefill_status)
-        await asyncio.sleep(self.prefill_s)
+        async with self._turn if self.is_serial else contextlib.nullcontext():
+            await asyncio.sleep(self.prefill_s)
         if self.die_on_prefill:
             _abort(request)
             return web.Response()
         self.prefilled.add(call.params["transfer_id"])
-        return web.json_response(_completion("x", self.own_params()))
+        answer = _completion("x", self.own_params())
+        if self.prompt_tokens:
+            details = {"cached_tokens": self.cached_tokens}
+            answer["usage"] = {"prompt_tokens": self.prompt_tokens, "completion_tokens": 1,
+                               "prompt_tokens_details": details}
+        return web.json_response(answer)
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
