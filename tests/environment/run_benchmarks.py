@@ -2,7 +2,7 @@
 
     run_benchmarks.py --out DIR [--quick] [--only NAME ...]
 
-The engine's interpreter and the model are those of ``make`` (VLLM_VENV, MODEL).
+The engine's interpreter and the model are those of ``make`` (VLLM_VENV, SGLANG_VENV, MODEL).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ def command_for(path: Path, out: Path, *, is_quick: bool) -> list[str]:
     if is_quick:
         command.append("--quick")
     if "needs_engine=True" in path.read_text(encoding="utf-8"):
-        command += ["--python", str(Path(os.environ["VLLM_VENV"], "bin", "python")), "--model", os.environ["MODEL"]]
+        engine = os.environ["SGLANG_VENV" if path.stem.startswith("sglang") else "VLLM_VENV"]
+        command += ["--python", str(Path(engine, "bin", "python")), "--model", os.environ["MODEL"]]
     return command
 
 

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import pytest
 
-from engine.sglang.servers import PROMPTS, ask, ask_all, server_spec
+from engine.sglang.servers import PROMPTS, ask, ask_all, make_prompts, server_spec
 from mooncake_connector.demo.processes import Supervisor, free_ports
+
+
+class Reference(NamedTuple):
+    """Prompts, and what a plain server answers to each."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--requests", type=int, default=len(PROMPTS),
+                     help="prompts to compare with a plain server, in every way that SGLang's tests have one served")
 
 
 def report(line: str) -> None:
@@ -15,15 +28,22 @@ def report(line: str) -> None:
 
 
 @pytest.fixture(scope="session")
-def expected(tmp_path_factory):
-    """Yield the tokens that a server without our plugin's help gives for each of PROMPTS."""
+def reference(request, tmp_path_factory):
+    """Yield what a server without our plugin's help answers."""
+    prompts = make_prompts(max(len(PROMPTS), request.config.getoption("--requests", default=0)))
     [port] = free_ports(1)
     with Supervisor(tmp_path_factory.mktemp("plain"), report=report) as supervisor:
         supervisor.start(server_spec("plain", port))
         supervisor.wait_ready()
-        answers = ask_all(lambda prompt: ask(f"http://127.0.0.1:{port}", prompt), PROMPTS)
-    assert [answer.status for answer in answers] == [200] * len(PROMPTS), answers
-    return [answer.tokens for answer in answers]
+        answers = ask_all(lambda prompt: ask(f"http://127.0.0.1:{port}", prompt), prompts)
+    assert [answer.status for answer in answers] == [200] * len(prompts), answers
+    return Reference(prompts, [answer.tokens for answer in answers])
+
+
+@pytest.fixture(scope="session")
+def expected(reference):
+    """Yield what that server answers to each of PROMPTS, with which all prompts begin."""
+    return reference.tokens[: len(PROMPTS)]
 
 
 def pytest_collection_modifyitems(items):

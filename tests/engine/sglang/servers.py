@@ -16,20 +16,23 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from mooncake_connector.demo.processes import ProcessSpec
+from mooncake_connector.demo.cluster import etcd_spec, store_spec
+from mooncake_connector.demo.processes import ProcessSpec, Supervisor, free_ports
+from mooncake_connector.demo.status import CellStatus, total
 
 ROOT = Path(__file__).resolve().parents[3]
 ANSWER_TIMEOUT_S = 120.0
 FAILURE_MAX_S = 15.0
 READY_TIMEOUT_S = 420.0
 PAGE_TOKENS = 16
+PAGE_MAX_MIB = 1
 NEW_TOKENS = 4
 CLIENTS = 6
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native", "--host", "127.0.0.1",
          "--page-size", str(PAGE_TOKENS), "--mem-fraction-static", "0.1", "--max-total-tokens", "4096",
-         "--max-running-requests", "8", "--context-length", "2048", "--skip-server-warmup")
+         "--max-running-requests", "8", "--context-length", "2048", "--skip-server-warmup", "--sleep-on-idle")
 _PROBE = """
 import importlib.metadata as m
 m.version("sglang")
@@ -127,6 +130,54 @@ def random_prompt(length: int, seed: int) -> list[int]:
     return [rng.randint(100, 40_000) for _ in range(length)]
 
 
-PROMPTS = [random_prompt(length, length) for length in (2, 5, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 66, 80, 97, 128,
-                                                       129, 144, 160, 191)]
-"""Around the edges of pages (16 tokens) and of prefill chunks (64)."""
+EDGES = (2, 5, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 66, 80, 97, 128, 129, 144, 160, 191)
+"""Lengths around the edges of pages (16 tokens) and of prefill chunks (64)."""
+
+
+def make_prompts(count: int) -> list[list[int]]:
+    """Return prompts: one of each length of EDGES, then others, of which a third continues an earlier one."""
+    rng = random.Random(1)
+    prompts = [random_prompt(length, length) for length in EDGES[:count]]
+    while len(prompts) < count:
+        shared = rng.choice(prompts)[: rng.randint(1, 120)] if rng.random() < 1 / 3 else []
+        prompts.append(shared + random_prompt(rng.randint(1, 120), 1000 + len(prompts)))
+    return prompts
+
+
+PROMPTS = make_prompts(len(EDGES))
+
+
+def num_pages(prompts: Sequence[Sequence[int]]) -> int:
+    """Count the whole pages of these prompts, shared ones again and again."""
+    return sum(len(prompt) // PAGE_TOKENS for prompt in prompts)
+
+
+class Pool:
+    """A cell's etcd and store node, with room for all prompts."""
+
+    def __init__(self, supervisor: Supervisor, run_dir: Path, prompts: Sequence[Sequence[int]]) -> None:
+        [port] = free_ports(1)
+        self.directory = f"etcd://127.0.0.1:{port}"
+        supervisor.start(etcd_spec(port, run_dir / "etcd"))
+        supervisor.wait_ready(["etcd"])
+        memory = f"{512 + 2 * num_pages(prompts) * PAGE_MAX_MIB}MiB"
+        supervisor.start(store_spec("store", directory=self.directory, memory=memory))
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Return what a server needs to be told."""
+        return {"directory": self.directory, "segment_bytes": "256MiB"}
+
+    def wait_stored(self, num_blocks: int) -> None:
+        """Wait until the store node has that many blocks."""
+        status, deadline, held = CellStatus(self.directory), time.monotonic() + 60, 0.0
+        try:
+            while time.monotonic() < deadline:
+                stores = [member for member in status.ask() if member.member.kind == "store"]
+                held = sum(total(member.samples, "mooncake_segment_blocks") for member in stores)
+                if held >= num_blocks:
+                    return
+                time.sleep(0.5)
+        finally:
+            status.close()
+        raise AssertionError(f"{held} of {num_blocks} blocks reached the store node")
