@@ -1,6 +1,7 @@
 # Every verb works alone on a fresh Debian/Ubuntu machine with Python 3.11+ and make; what it builds is reused next time.
 #
 #   make demo                        two real vLLM servers share KV cache through etcd, a store node and the router
+#   make demo-sglang                 the same with SGLang's servers
 #   make test                        everything: check, unit, property, contract, engine and end-to-end tests
 #   make check                       ruff, mypy, import-linter and the house rules; seconds
 #
@@ -28,11 +29,12 @@ PYTEST   := $(BIN)/python -m pytest
 
 UNIT_TESTS   := tests/unit tests/property tests/fuzz tests/contract
 # The demo first: the engine tests keep their servers until the session ends, and all together do not fit into 24 GB.
-ENGINE_TESTS := tests/e2e tests/engine --ignore=tests/engine/sglang
+ENGINE_TESTS := tests/e2e tests/engine --ignore=tests/engine/sglang --ignore=tests/e2e/test_demo_sglang.py
+SGLANG_TESTS := tests/e2e/test_demo_sglang.py tests/engine/sglang
 RDMA_TESTS   := tests/rdma
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-unit test-rdma test-engine test-sglang bench check docs env env-base clean
+.PHONY: help demo demo-sglang test test-unit test-rdma test-engine test-sglang bench check docs env env-base env-sglang clean
 # The verbs share two cores and one set of environments; one at a time.
 .NOTPARALLEL:
 
@@ -42,10 +44,15 @@ help: ## show this list
 demo: env ## split prefill from decode and pool the cache, on real text (ARGS="--keep" leaves it running)
 	$(BIN)/mooncake demo --python $(VLLM_VENV)/bin/python --model $(MODEL) $(ARGS)
 
-test: check ## every test there is; vLLM is installed beside the tests that need none
-	@$(MAKE_ENV) vllm model & making=$$!; trap 'kill $$making 2>/dev/null' EXIT INT TERM; \
+demo-sglang: env-sglang ## the same on SGLang's servers
+	$(BIN)/mooncake demo --engine sglang --python $(SGLANG_VENV)/bin/python --model $(MODEL) $(ARGS)
+
+test: check ## every test there is; the engines are installed beside the tests that need none
+	@$(MAKE_ENV) vllm model sglang & making=$$!; trap 'kill $$making 2>/dev/null' EXIT INT TERM; \
 	$(PYTEST) $(UNIT_TESTS) $(RDMA_TESTS) $(ARGS); failed=$$?; \
-	wait $$making && trap - EXIT INT TERM && $(PYTEST) $(ENGINE_TESTS) $(ARGS) && exit $$failed
+	wait $$making || exit 1; trap - EXIT INT TERM; \
+	$(PYTEST) $(ENGINE_TESTS) $(ARGS) || failed=$$?; \
+	$(PYTEST) $(SGLANG_TESTS) $(ARGS) || failed=$$?; exit $$failed
 
 test-unit: env-base ## unit, property and contract tests: no engine, no model
 	$(PYTEST) $(UNIT_TESTS) $(ARGS)
@@ -56,9 +63,8 @@ test-rdma: env-base ## the rdma medium on real verbs, in a guest with soft-RoCE 
 test-engine: env ## tests on the real processes: vLLM servers, router, etcd, store node
 	$(PYTEST) $(ENGINE_TESTS) $(ARGS)
 
-test-sglang: env-base ## tests on real SGLang servers; builds .venv-sglang (some 3 GB) and the model
-	@$(MAKE_ENV) sglang model
-	$(PYTEST) tests/engine/sglang $(ARGS)
+test-sglang: env-sglang ## tests on real SGLang servers
+	$(PYTEST) $(SGLANG_TESTS) $(ARGS)
 
 bench: env ## run every benchmark (ARGS="--quick" for a short run); writes out/*.json
 	$(BIN)/python tests/environment/run_benchmarks.py --out out $(ARGS)
@@ -79,6 +85,9 @@ env-base: ## build or reuse .venv: this package and the test tools
 
 env: env-base ## build or reuse .venv-vllm and the model too (some 4 GB, minutes the first time)
 	@$(MAKE_ENV) vllm model
+
+env-sglang: env-base ## build or reuse .venv-sglang and the model too (some 3 GB, minutes the first time)
+	@$(MAKE_ENV) sglang model
 
 clean: ## delete the environments, the model and every cache
 	rm -rf .venv .venv-vllm .venv-sglang .cache build dist out demo.json demo.png .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

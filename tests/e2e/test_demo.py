@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(700)]
 MARK = "MOONCAKE_DEMO_TEST"
 
 
-def start(tmp_path: Path, *flags: str) -> subprocess.Popen[str]:
+def start(tmp_path: Path, *flags: str, python: str = "") -> subprocess.Popen[str]:
     """Start the demo; its processes can be found by an environment variable that all of them inherit."""
-    command = verb_command("demo", "--python", engine_python(), "--model", model_folder(), "--output", str(tmp_path),
-                           *flags)
+    command = verb_command("demo", "--python", python or engine_python(), "--model", model_folder(), "--output",
+                           str(tmp_path), *flags)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, MARK: str(tmp_path)})
 

