@@ -232,7 +232,8 @@ def make_sglang(folder: Path) -> None:
         check_given(python, "sglang")
         return
     stamp = folder / ".stamp"
-    key = digest(SGLANG_TORCH, *SGLANG_BARE, SGLANG_ROUTER, MODEL_WHEEL, SGLANG_REQUIREMENTS.read_bytes(), str(SGLANG_CPU))
+    key = digest(SGLANG_TORCH, *SGLANG_BARE, SGLANG_ROUTER, MODEL_WHEEL, SGLANG_REQUIREMENTS.read_bytes(),
+                 str(SGLANG_CPU))
     if not is_stamped(stamp, key):
         check_disk(ROOT)
         say(f"building {folder.name}: some 3 GB and 3 to 10 minutes, once")
