@@ -45,6 +45,7 @@ REFUSALS = {
     OTHER_USER: "the owner runs as another user",
     BAD_REQUEST: "the owner speaks another version of the protocol",
 }
+CROWDED_WAIT_S = 0.002
 _PEER_CREDENTIALS = struct.Struct("3i")
 
 
@@ -281,6 +282,21 @@ def _socket_address(name: str) -> bytes:
     return b"\0" + name.encode()
 
 
+def _connect(connection: socket.socket, name: str, deadline_ns: int) -> None:
+    """Connect; wait while more readers than fit want in, which the kernel reports instead of waiting itself.
+
+    Raises:
+        OSError: nobody listens, or it does not work before the deadline.
+    """
+    while True:
+        try:
+            return connection.connect(_socket_address(name))
+        except BlockingIOError:
+            if time.monotonic_ns() + int(CROWDED_WAIT_S * 1e9) >= deadline_ns:
+                raise
+            time.sleep(CROWDED_WAIT_S)
+
+
 def _fetch(offer: ShmOffer, region_id: int, deadline_ns: int) -> tuple[int, int, int]:
     """Return the memfd, the guard's memfd and the guard word's offset; the caller closes the descriptors."""
     where = f"shm socket @{offer.socket}"
@@ -291,7 +307,7 @@ def _fetch(offer: ShmOffer, region_id: int, deadline_ns: int) -> tuple[int, int,
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
             connection.settimeout(remaining_s)
-            connection.connect(_socket_address(offer.socket))
+            _connect(connection, offer.socket, deadline_ns)
             connection.send(REQUEST.pack(MAGIC, VERSION, region_id))
             reply, descriptors, _, _ = socket.recv_fds(connection, REPLY.size, 2, socket.MSG_CMSG_CLOEXEC)
         return _unpack(reply, descriptors, where)

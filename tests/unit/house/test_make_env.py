@@ -116,7 +116,7 @@ def test_given_vllm_environment_is_only_looked_at(tmp_path: Path) -> None:
         make_env.make_vllm(tmp_path / "nothing")
     (tmp_path / "venv" / "bin").mkdir(parents=True)
     (tmp_path / "venv" / "bin" / "python").symlink_to(sys.executable)
-    with pytest.raises(EnvironmentFailed, match="has no vLLM"):
+    with pytest.raises(EnvironmentFailed, match="has no vllm"):
         make_env.make_vllm(tmp_path / "venv")
 
 
