@@ -117,6 +117,25 @@ class TestChoosing:
         choice = choose_pair(both)
         assert choice and choice.prefill and choice.prefill.url == "vp", "a healthy pair first"
 
+    @given(st.lists(st.tuples(st.sampled_from(("prefill", "decode", "both")), st.integers(0, 2), st.booleans(),
+                              st.sampled_from(("vllm", "sglang"))), max_size=6))
+    def test_whatever_there_is_a_choice_is_one_that_works_and_is_made_if_there_is_one(self, rows) -> None:
+        candidates = [
+            Candidate(f"http://e:{port}", role, preference, kind=kind, has_connector=has_connector or is_half,
+                      runs_whole=not is_half)
+            for port, (role, preference, has_connector, kind) in enumerate(rows)
+            for is_half in [kind == "sglang" and role != "both"]]
+        choice = choose_pair(candidates)
+        pairs = [(one, other) for one in candidates for other in candidates
+                 if one.url != other.url and one.kind == other.kind and one.role != "decode" and other.role != "prefill"
+                 and one.has_connector and one.is_worth_a_pair and other.is_worth_a_pair]
+        if choice is None:
+            assert not pairs and not any(each.runs_whole for each in candidates)
+        elif choice.prefill is None:
+            assert choice.decode.runs_whole
+        else:
+            assert (choice.prefill, choice.decode) in pairs
+
 
 def test_a_server_takes_the_role_of_its_half_and_keeps_it() -> None:
     table = EngineTable()
