@@ -58,6 +58,7 @@ class PullManager(CommonKVManager):
     """
 
     supports_deferred_decode_kv_release = True
+    reports_transfer_latency = True
 
     def __init__(self, args: KVArgs, disaggregation_mode: DisaggregationMode, server_args: ServerArgs,
                  is_mla_backend: bool = False) -> None:
