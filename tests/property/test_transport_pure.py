@@ -101,6 +101,38 @@ def test_a_cursor_passes_every_byte_in_order(ranges, data):
     assert flat == [start + i for start, length in ranges for i in range(length)]
 
 
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=700), st.data())
+@settings(deadline=None)
+def test_a_cursor_stops_where_it_must_and_goes_on_later(lengths, data):
+    starts = 1000 * np.arange(len(lengths))
+    cursor = RangeCursor(np.column_stack((starts, lengths)).astype(np.uint64))
+    for stop in [*sorted(data.draw(st.sets(st.integers(1, len(lengths)), max_size=4))), len(lengths)]:
+        cursor.stop = stop
+        while not cursor.is_done():
+            offered = int(cursor.window()[:, 1].sum())
+            taken = data.draw(st.integers(1, offered))
+            assert cursor.advance(taken) == (taken == offered)
+        assert cursor.position == sum(lengths[:stop])
+    assert cursor.position == cursor.total
+
+
+@given(st.lists(st.integers(1, 300_000), min_size=1, max_size=40))
+def test_checksums_travel_behind_their_chunks(lengths):
+    reads = np.column_stack((1 << 30 | np.arange(len(lengths)) << 20, lengths)).astype(np.uint64)
+    header = np.array([[7, tcp_wire.HEADER_BYTES]], np.uint64)
+    chunks = list(tcp_wire.chunks(reads[:, 1]))
+    rows = tcp_wire.lay_out(header, reads, [chunk.stop for chunk in chunks], 64).tolist()
+    assert rows.pop(0) == [7, tcp_wire.HEADER_BYTES]
+    for number, chunk in enumerate(chunks):
+        count = chunk.stop - chunk.start
+        assert rows[:count] == reads[chunk.start:chunk.stop].tolist()
+        assert rows[count] == [64 + 8 * number, 8]
+        del rows[:count + 1]
+        assert chunk.num_bytes < tcp_wire.CHUNK_BYTES + 300_000
+    assert rows == []
+    assert tcp_wire.lay_out(header, reads, (), 64).tolist() == [[7, tcp_wire.HEADER_BYTES], *reads.tolist()]
+
+
 @given(st.binary(min_size=tcp_wire.HEADER_BYTES, max_size=tcp_wire.HEADER_BYTES))
 @settings(max_examples=300, deadline=None)
 def test_any_header_is_a_bounded_request_or_refused(data):
@@ -128,9 +160,9 @@ def test_the_owner_serves_only_reads_inside_the_region(reads, size):
 def test_wire_bytes_do_not_change():
     request = tcp_wire.pack_request(tcp_wire.Request(tcp_wire.WANT_CHECKSUM, 7, 1, 0x0102030405060708),
                                     np.array([[16, 32]], np.uint64))
-    assert request.hex() == ("4d5443500200010007000000010000000807060504030201" "1000000000000000" "2000000000000000")
+    assert request.hex() == ("4d5443500300010007000000010000000807060504030201" "1000000000000000" "2000000000000000")
     response = tcp_wire.pack_response(tcp_wire.Response(tcp_wire.UNKNOWN_REGION, 7, 1, 0))
-    assert response.hex() == "4d54435002000100070000000100000000" + "00" * 7
+    assert response.hex() == "4d54435003000100070000000100000000" + "00" * 7
     with pytest.raises(RemoteProtocolError, match="version 1"):
         tcp_wire.unpack_request(request[:4] + b"\1\0" + request[6:tcp_wire.HEADER_BYTES])
 

@@ -103,22 +103,25 @@ def read_process_at(pid: int, local_address: int, num_local: int, remote_address
     return int(count)
 
 
-def send_ranges(fd: int, ranges: npt.NDArray[Any]) -> int:
-    """Send memory ranges on a socket without blocking; return bytes sent. Raises BlockingIOError, OSError."""
-    header = _MessageHeader(iov=ranges.ctypes.data, iov_length=len(ranges))
-    count = _sendmsg(fd, ctypes.addressof(header), _MSG_DONTWAIT | _MSG_NOSIGNAL)
-    if count < 0:
+def send_ranges(fd: int, address: int, count: int) -> int:
+    """Send memory ranges, ``count`` pairs of (address, length) at ``address``, on a socket without blocking.
+
+    Returns bytes sent. Raises BlockingIOError, OSError.
+    """
+    header = _MessageHeader(iov=address, iov_length=count)
+    sent = _sendmsg(fd, ctypes.addressof(header), _MSG_DONTWAIT | _MSG_NOSIGNAL)
+    if sent < 0:
         raise _fail()
-    return int(count)
+    return int(sent)
 
 
-def receive_ranges(fd: int, ranges: npt.NDArray[Any]) -> int:
+def receive_ranges(fd: int, address: int, count: int) -> int:
     """Receive into memory ranges without blocking; return bytes received, 0 at end of stream. Raises OSError."""
-    header = _MessageHeader(iov=ranges.ctypes.data, iov_length=len(ranges))
-    count = _recvmsg(fd, ctypes.addressof(header), _MSG_DONTWAIT)
-    if count < 0:
+    header = _MessageHeader(iov=address, iov_length=count)
+    received = _recvmsg(fd, ctypes.addressof(header), _MSG_DONTWAIT)
+    if received < 0:
         raise _fail()
-    return int(count)
+    return int(received)
 
 
 def address_space() -> memoryview:

@@ -7,7 +7,7 @@ lone small read, such as one block of a small model or an epoch word, takes a sh
 A stream is dropped, with what was in flight on it, on any error and at the deadline, so that nothing is written to a
 target after ``read`` has returned; the next read opens a new one.
 
-Integrity: about every MiB carries a checksum (tcp's own sum misses one corruption in 65,536). A mismatch fails its
+Integrity: about every 256 KiB carry a checksum (tcp's own sum misses one corruption in 65,536). A mismatch fails its
 requests. Under TLS, which authenticates every byte, there is none.
 """
 
@@ -24,16 +24,17 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from mooncake_store.errors import ChecksumMismatch, MooncakeError, PeerUnreachable, RemoteProtocolError, TransferFailed
 from mooncake_store.transport import tcp_wire
 from mooncake_store.transport.base import ReadBatch, ReadResult, RegionDescriptor, RegionGone, TcpOffer
-from mooncake_store.transport.checksum import CHECKSUM_BYTES, checksum_of
+from mooncake_store.transport.checksum import checksum_of
 from mooncake_store.transport.coalesce import Group, Pieces, coalesce, groups
 from mooncake_store.transport.copying import past_deadline, single_range
 from mooncake_store.transport.cursor import RangeCursor
-from mooncake_store.transport.tcp_stream import SPACE, WOULD_BLOCK, hang_up, has_pending, receive_ranges, tune
-from mooncake_store.transport.tcp_wire import FRAME_READS_MAX, HEADER_BYTES, WANT_CHECKSUM, Request
+from mooncake_store.transport.tcp_stream import SPACE, WOULD_BLOCK, hang_up, has_pending, receive, tune
+from mooncake_store.transport.tcp_wire import CHECKSUM_BYTES, FRAME_READS_MAX, HEADER_BYTES, WANT_CHECKSUM, Request
 
 FRAME_BYTES = 4 << 20
 """Bytes asked for in one frame, give or take a read."""
@@ -52,6 +53,44 @@ class _Frame(NamedTuple):
     group: Group
 
 
+class _Incoming:
+    """The response to a frame as it comes in: a header, then chunk by chunk the reads and their checksum.
+
+    Attributes:
+        frame: what was asked for.
+        cursor: where it goes: a header buffer, the targets, checksum words of our own.
+        has_header: whether the header has come and was what it should be.
+    """
+
+    def __init__(self, frame: _Frame, header: npt.NDArray[np.uint8], pieces: Pieces, flags: int) -> None:
+        group = frame.group
+        lengths = pieces.lengths[group.start:group.stop]
+        self.frame = frame
+        self.has_header = False
+        self._is_checked = bool(flags)
+        self._reads = np.column_stack((pieces.local_addresses[group.start:group.stop], lengths))
+        self._chunks = list(tcp_wire.chunks(lengths)) if flags else [Group(0, len(lengths), group.num_bytes)]
+        self._checksums = np.zeros(len(self._chunks), "<u8")
+        self._num_whole = 0
+        self._end = HEADER_BYTES
+        self.cursor = RangeCursor(tcp_wire.lay_out(
+            single_range(header.ctypes.data, HEADER_BYTES), self._reads,
+            [chunk.stop for chunk in self._chunks] if flags else (), self._checksums.ctypes.data))
+
+    def whole_chunks(self) -> Iterator[tuple[Group, bool]]:
+        """Yield each chunk once all of it is here, and whether it is what was sent."""
+        while self._num_whole < len(self._chunks):
+            chunk = self._chunks[self._num_whole]
+            end = self._end + chunk.num_bytes + (CHECKSUM_BYTES if self._is_checked else 0)
+            if end > self.cursor.position:
+                return
+            is_intact = not self._is_checked or (
+                checksum_of(self._reads[chunk.start:chunk.stop]) == int(self._checksums[self._num_whole]))
+            self._num_whole += 1
+            self._end = end
+            yield chunk, is_intact
+
+
 class _Stream:
     """One connection: requests going out, and the response that is coming in."""
 
@@ -61,12 +100,9 @@ class _Stream:
         self.poller.register(sock, select.POLLIN)
         self.outgoing = b""
         self.frames: deque[_Frame] = deque()
-        self.cursor: RangeCursor | None = None
-        self.chunks: Iterator[Group] = iter(())
-        self.chunk = Group(0, 0, 0)
+        self.incoming: _Incoming | None = None
         self.header = np.zeros(HEADER_BYTES, np.uint8)
         self.checksum = np.zeros(1, "<u8")
-        self.has_header = False
 
     def is_stale(self) -> bool:
         """Tell whether an idle connection has something to read: the peer has closed it."""
@@ -283,57 +319,33 @@ class TcpAttachment:
             stream.frames.append(frame)
         if stream.outgoing:
             stream.send()
-        if stream.cursor is None and stream.frames:
-            stream.has_header = False
-            group = stream.frames[0].group
-            if group.num_bytes:
-                stream.chunks = tcp_wire.chunks(run.pieces.lengths[group.start:group.stop], self._flags)
-                self._expect(stream, run.pieces)
-            else:
-                stream.chunks, stream.chunk = iter(()), Group(0, 0, 0)
-                stream.cursor = RangeCursor(single_range(stream.header.ctypes.data, HEADER_BYTES))
-
-    def _expect(self, stream: _Stream, pieces: Pieces) -> bool:
-        """List where the next chunk goes: our header buffer, the targets, our checksum word; False: no more chunks."""
-        chunk = next(stream.chunks, None)
-        if chunk is None:
-            return False
-        first = stream.frames[0].group.start
-        stream.chunk = Group(first + chunk.start, first + chunk.stop, chunk.num_bytes)
-        ranges = np.empty((chunk.stop - chunk.start + 2, 2), np.uint64)
-        ranges[0] = stream.header.ctypes.data, HEADER_BYTES
-        ranges[1:-1, 0] = pieces.local_addresses[stream.chunk.start:stream.chunk.stop]
-        ranges[1:-1, 1] = pieces.lengths[stream.chunk.start:stream.chunk.stop]
-        ranges[-1] = stream.checksum.ctypes.data, CHECKSUM_BYTES
-        stream.cursor = RangeCursor(ranges[int(stream.has_header):None if self._flags else -1])
-        return True
+        if stream.incoming is None and stream.frames:
+            stream.incoming = _Incoming(stream.frames[0], stream.header, run.pieces, self._flags)
 
     def _advance(self, stream: _Stream, run: _Run) -> None:
         """Send and receive what is possible now. Raises OSError, MooncakeError: the stream is of no more use."""
         if stream.outgoing:
             stream.send()
-        while True:
-            cursor = stream.cursor
-            if cursor is None:
-                raise RemoteProtocolError("the owner sent bytes nobody asked for, or hung up", where=self._where)
+        may_have_more = True
+        while may_have_more and (incoming := stream.incoming) is not None:
             try:
-                count = receive_ranges(stream.socket, cursor.window())
+                may_have_more = receive(stream.socket, incoming.cursor)
             except WOULD_BLOCK:
                 return
-            if count == 0:
-                raise ConnectionResetError("the owner hung up")
-            cursor.advance(count)
-            if not stream.has_header and cursor.position >= HEADER_BYTES:
+            if not incoming.has_header and incoming.cursor.position >= HEADER_BYTES:
                 self._check_header(stream)
-                stream.has_header = True
-            if cursor.is_done():
-                self._finish(stream, run)
-                if not self._expect(stream, run.pieces):
-                    stream.frames.popleft()
-                    stream.cursor = None
-                    self._feed(stream, run)
-            if not has_pending(stream.socket):
-                return
+                incoming.has_header = True
+            for chunk, is_intact in incoming.whole_chunks():
+                first = incoming.frame.group.start
+                run.done[first + chunk.start:first + chunk.stop] = is_intact
+                if not is_intact:
+                    run.fail(self._mismatch(chunk.num_bytes))
+            if incoming.cursor.is_done():
+                stream.frames.popleft()
+                stream.incoming = None
+                self._feed(stream, run)
+        if stream.incoming is None and has_pending(stream.socket):
+            raise RemoteProtocolError("the owner sent bytes nobody asked for", where=self._where)
 
     def _check_header(self, stream: _Stream) -> None:
         response = tcp_wire.unpack_response(stream.header.tobytes())
@@ -346,18 +358,6 @@ class TcpAttachment:
         if response.frame_id != frame.frame_id or response.num_bytes != frame.group.num_bytes:
             raise RemoteProtocolError(f"answer to frame {response.frame_id} of {response.num_bytes} bytes where frame "
                                       f"{frame.frame_id} of {frame.group.num_bytes} was due", where=self._where)
-
-    def _finish(self, stream: _Stream, run: _Run) -> None:
-        """Note the chunk's pieces as complete, if the checksum is right."""
-        window = slice(stream.chunk.start, stream.chunk.stop)
-        if not self._flags or stream.chunk.num_bytes == 0:
-            run.done[window] = True
-            return
-        ranges = np.column_stack((run.pieces.local_addresses[window], run.pieces.lengths[window]))
-        if checksum_of(ranges) == int(stream.checksum[0]):
-            run.done[window] = True
-        else:
-            run.fail(self._mismatch(stream.chunk.num_bytes))
 
     def _explain(self, error: OSError | MooncakeError) -> MooncakeError:
         if isinstance(error, MooncakeError):

@@ -15,7 +15,6 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -24,11 +23,10 @@ import numpy.typing as npt
 from mooncake_store.errors import RemoteProtocolError
 from mooncake_store.transport import libc, tcp_wire
 from mooncake_store.transport.base import LocalMemory
-from mooncake_store.transport.checksum import CHECKSUM_BYTES, checksum_of
-from mooncake_store.transport.coalesce import Group
+from mooncake_store.transport.checksum import checksum_of
 from mooncake_store.transport.copying import single_range
 from mooncake_store.transport.cursor import RangeCursor
-from mooncake_store.transport.tcp_stream import SPACE, WOULD_BLOCK, has_pending, send_ranges, tune
+from mooncake_store.transport.tcp_stream import SPACE, WOULD_BLOCK, has_pending, send, tune
 from mooncake_store.transport.tcp_wire import (
     HEADER_BYTES,
     READ_BYTES,
@@ -51,7 +49,7 @@ IDLE_MAX_S = 600.0
 """A connection nobody used for this long is closed; its reader opens another when it needs one."""
 TURN_S = 1.0
 """How often lateness is looked for."""
-_NOTHING = np.empty(0, np.uint8)
+_NO_READS = np.empty((0, 2), np.uint64)
 
 
 class _Region(NamedTuple):
@@ -65,72 +63,79 @@ class _Scratch:
     """Room for copies of what one connection is sent, used again and again: fresh memory costs a fault per page."""
 
     def __init__(self) -> None:
-        self._bytes = _NOTHING
+        self._bytes = np.empty(0, np.uint8)
 
-    def gather(self, pid: int, ranges: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint8]:
-        """Copy memory ranges of another process; what is returned is valid until the next call. Raises OSError."""
+    def reserve(self, size_bytes: int) -> int:
+        """Have room for this much; return where, valid until the next call."""
+        if self._bytes.nbytes < size_bytes:
+            self._bytes = np.empty(size_bytes, np.uint8)
+        return self._bytes.ctypes.data
+
+    def gather(self, pid: int, ranges: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Copy memory ranges of another process; return the one range where they are now. Raises OSError."""
         total, filled = int(ranges[:, 1].sum()), 0
-        if self._bytes.nbytes < total:
-            self._bytes = np.empty(total, np.uint8)
-        address, cursor = self._bytes.ctypes.data, RangeCursor(ranges)
+        address, cursor = self.reserve(total), RangeCursor(ranges.copy())
         while filled < total:
             count = libc.read_process(pid, single_range(address + filled, total - filled), cursor.window())
             if count == 0:
                 raise OSError("the owner's memory cannot be read")
             cursor.advance(count)
             filled += count
-        return self._bytes[:total]
+        return single_range(address, total)
 
 
 class _Answer:
-    """One response on its way out: bytes of its own, then memory of a region.
+    """One response on its way out.
+
+    Args:
+        header: its header, or all of it.
+        request: what is answered; None when ``header`` is all there is to say.
+        reads: the memory to send, uint64 [n, 2] of (address, length).
+        pid: whose memory that is, 0 = ours; another process's is copied to ``scratch`` chunk by chunk.
 
     Attributes:
-        region_id: whose memory it is sent from; 0 when it is all bytes of its own.
-        cursor: what is being sent: the own bytes and the first chunk, later one chunk at a time.
+        region_id: whose memory it is sent from; 0 when from none.
+        cursor: what is being sent. It stops behind each chunk, until ``go_on``.
     """
 
-    def __init__(self, own: bytes) -> None:
-        self.region_id = 0
-        self._own = np.frombuffer(own, np.uint8)  # kept alive while it is sent, as the checksum is
-        self._checksum = np.zeros(1, "<u8")
-        self._flags = 0
-        self._ranges = np.empty((0, 2), np.uint64)
-        self._pid = 0
-        self._scratch = _Scratch()
-        self._chunks: Iterator[Group] = iter(())
-        self.cursor = RangeCursor(single_range(self._own.ctypes.data, self._own.nbytes))
+    def __init__(self, header: bytes, request: Request | None = None, reads: npt.NDArray[np.uint64] = _NO_READS, *,
+                 pid: int = 0, scratch: _Scratch | None = None) -> None:
+        self.region_id = request.region_id if request else 0
+        self._header = np.frombuffer(header, np.uint8)  # kept alive while it is sent, as the checksums are
+        self._is_checked = request is not None and bool(request.flags & tcp_wire.WANT_CHECKSUM)
+        self._reads, self._pid, self._scratch = reads, pid, scratch
+        self._chunks = list(tcp_wire.chunks(reads[:, 1])) if self._is_checked or pid else []
+        self._checksums = np.empty(len(self._chunks), "<u8")
+        stops = [chunk.stop for chunk in self._chunks]
+        if scratch is not None and self._chunks:
+            address = scratch.reserve(max(chunk.num_bytes for chunk in self._chunks))
+            reads = np.array([[address, chunk.num_bytes] for chunk in self._chunks], np.uint64)
+            stops = list(range(1, len(self._chunks) + 1))
+        self._stops = [1 + stop + (number if self._is_checked else 0) for number, stop in enumerate(stops, 1)]
+        self._num_begun = 0
+        self.cursor = RangeCursor(tcp_wire.lay_out(
+            single_range(self._header.ctypes.data, self._header.nbytes), reads, stops if self._is_checked else (),
+            self._checksums.ctypes.data))
+        if self._chunks:
+            self.go_on()
 
-    @classmethod
-    def of_memory(cls, request: Request, header: bytes, ranges: npt.NDArray[np.uint64], pid: int,
-                  scratch: _Scratch) -> _Answer:
-        """Answer with memory ranges of a region, uint64 [n, 2]."""
-        answer = cls(header)
-        answer.region_id = request.region_id
-        answer._flags, answer._ranges, answer._pid, answer._scratch = request.flags, ranges, pid, scratch
-        # without checksums no reader sees how an answer is cut, and copies are made in small pieces
-        answer._chunks = tcp_wire.chunks(ranges[:, 1], tcp_wire.WANT_CHECKSUM if pid else request.flags)
-        answer.go_on(answer._own)
-        return answer
-
-    def go_on(self, own: npt.NDArray[np.uint8] = _NOTHING) -> bool:
-        """Begin with the next chunk, behind bytes of our own, once the one before is sent; False when there is none.
+    def go_on(self) -> bool:
+        """Begin with the next chunk, once the one before is sent; False when there is none.
 
         Raises:
             OSError: the memory of another process cannot be read.
         """
-        chunk = next(self._chunks, None)
-        if chunk is None:
+        number = self._num_begun
+        if number == len(self._chunks):
             return False
-        ranges = self._ranges[chunk.start:chunk.stop]
-        if self._pid:
-            copied = self._scratch.gather(self._pid, ranges)
-            ranges = single_range(copied.ctypes.data, copied.nbytes)
-        parts = [single_range(own.ctypes.data, own.nbytes), ranges] if own.nbytes else [ranges]
-        if self._flags & tcp_wire.WANT_CHECKSUM:
-            self._checksum[0] = checksum_of(ranges)
-            parts.append(single_range(self._checksum.ctypes.data, CHECKSUM_BYTES))
-        self.cursor = RangeCursor(np.concatenate(parts))
+        chunk = self._chunks[number]
+        ranges = self._reads[chunk.start:chunk.stop]
+        if self._scratch is not None:
+            ranges = self._scratch.gather(self._pid, ranges)
+        if self._is_checked:
+            self._checksums[number] = checksum_of(ranges)
+        self._num_begun += 1
+        self.cursor.stop = self._stops[number]
         return True
 
 
@@ -366,19 +371,19 @@ class ReadServer:
         num_bytes = int(ranges[:, 1].sum())
         if num_bytes <= STAGED_MAX_BYTES:
             if region.pid:
-                staged = connection.scratch.gather(region.pid, ranges).tobytes()
-            else:
-                staged = b"".join(SPACE[start:start + length] for start, length in ranges.tolist())
+                ranges = connection.scratch.gather(region.pid, ranges)
+            staged = b"".join(SPACE[start:start + length] for start, length in ranges.tolist())
             return self._send_staged(connection, request, staged)
         header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, num_bytes))
-        return _Answer.of_memory(request, header, ranges, region.pid, connection.scratch)
+        return _Answer(header, request, ranges, pid=region.pid, scratch=connection.scratch if region.pid else None)
 
     def _send_staged(self, connection: _Connection, request: Request, staged: bytes) -> _Answer | None:
         header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, len(staged)))
         checksum = b""
         if request.flags & tcp_wire.WANT_CHECKSUM:
             where = np.frombuffer(staged, np.uint8)
-            checksum = checksum_of(single_range(where.ctypes.data, len(staged))).to_bytes(CHECKSUM_BYTES, "little")
+            value = checksum_of(single_range(where.ctypes.data, len(staged)))
+            checksum = value.to_bytes(tcp_wire.CHECKSUM_BYTES, "little")
         data = b"".join((header, staged, checksum))
         try:
             sent = connection.socket.send(data)
@@ -396,6 +401,7 @@ class ReadServer:
                     connection.answer = None
                     return
                 try:
-                    answer.cursor.advance(send_ranges(connection.socket, answer.cursor.window()))
+                    if not send(connection.socket, answer.cursor):
+                        return
                 except WOULD_BLOCK:
                     return

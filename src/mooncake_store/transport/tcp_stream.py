@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import socket
 import ssl
-from typing import Any
-
-import numpy.typing as npt
 
 from mooncake_store.transport import libc
+from mooncake_store.transport.cursor import RangeCursor
 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 """What a connection raises when nothing can be done now."""
@@ -38,51 +36,62 @@ def tune(connection: socket.socket) -> None:
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
-def send_ranges(connection: socket.socket, ranges: npt.NDArray[Any]) -> int:
-    """Send some of memory ranges, uint64 [n, 2] of (address, length); return bytes sent. Raises WOULD_BLOCK, OSError.
+def send(connection: socket.socket, cursor: RangeCursor) -> bool:
+    """Send some of the memory that a cursor stands before; return whether the connection may take more now.
 
-    After WOULD_BLOCK the next call must offer the same bytes again.
+    After WOULD_BLOCK the next call must offer the same bytes again. Raises WOULD_BLOCK, OSError.
     """
     if not isinstance(connection, ssl.SSLSocket):
-        return libc.send_ranges(connection.fileno(), ranges)
+        return cursor.advance(libc.send_ranges(connection.fileno(), *cursor.vector()))
     sent = 0
-    for address, length in ranges.tolist():
+    for address, length in cursor.window().tolist():
         end = address + length
         while address < end:
             try:
                 count = connection.send(SPACE[address:min(address + TLS_WRITE_BYTES, end)])
             except WOULD_BLOCK:
+                cursor.advance(sent)
                 if sent:
-                    return sent
+                    return False
                 raise
             address += count
             sent += count
         if sent >= TLS_CALL_BYTES:
             break
-    return sent
+    cursor.advance(sent)
+    return True
 
 
-def receive_ranges(connection: socket.socket, ranges: npt.NDArray[Any]) -> int:
-    """Receive into some of memory ranges; return bytes received, 0 at end of stream. Raises WOULD_BLOCK, OSError."""
+def receive(connection: socket.socket, cursor: RangeCursor) -> bool:
+    """Receive into some of the memory that a cursor stands before; return whether there may be more now.
+
+    Raises:
+        WOULD_BLOCK, OSError: also when the peer has hung up.
+    """
     if not isinstance(connection, ssl.SSLSocket):
-        return libc.receive_ranges(connection.fileno(), ranges)
+        count = libc.receive_ranges(connection.fileno(), *cursor.vector())
+        if count == 0:
+            raise ConnectionResetError("the owner hung up")
+        return cursor.advance(count)
     received = 0
-    for address, length in ranges.tolist():
-        end = address + length
-        while address < end:
-            try:
+    try:
+        for address, length in cursor.window().tolist():
+            end = address + length
+            while address < end:
                 count = connection.recv_into(SPACE[address:end])
-            except WOULD_BLOCK:
-                if received:
-                    return received
-                raise
-            if count == 0:
-                return received
-            address += count
-            received += count
-        if received >= TLS_CALL_BYTES:
-            break
-    return received
+                if count == 0:
+                    raise ConnectionResetError("the owner hung up")
+                address += count
+                received += count
+            if received >= TLS_CALL_BYTES:
+                break
+    except WOULD_BLOCK:
+        if received == 0:
+            raise
+        cursor.advance(received)
+        return False
+    cursor.advance(received)
+    return True
 
 
 def has_pending(connection: socket.socket) -> bool:

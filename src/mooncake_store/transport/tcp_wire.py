@@ -15,7 +15,7 @@ after one. Little-endian.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -25,11 +25,11 @@ from mooncake_store.errors import RemoteProtocolError
 from mooncake_store.transport.coalesce import Group, groups
 
 MAGIC = b"MTCP"
-VERSION = 2
+VERSION = 3
 FRAME_READS_MAX = 1024
 FRAME_MAX_BYTES = 8 << 20
 """Bytes of one response. Also the longest read: longer ones are cut before they get here."""
-CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 256 << 10
 """Bytes under one checksum, give or take a read."""
 
 HEADER = struct.Struct("<4sHHIIQ")
@@ -37,6 +37,7 @@ HEADER_BYTES = HEADER.size
 _READ = struct.Struct("<QQ")
 READ_BYTES = _READ.size
 _SINGLE = struct.Struct(HEADER.format + "QQ")
+CHECKSUM_BYTES = 8
 REQUEST_MAX_BYTES = HEADER_BYTES + READ_BYTES * FRAME_READS_MAX
 
 WANT_CHECKSUM = 1
@@ -91,11 +92,34 @@ def pack_single(request: Request, offset: int, length: int) -> bytes:
     return _SINGLE.pack(MAGIC, VERSION, request.flags, request.frame_id, 1, request.region_id, offset, length)
 
 
-def chunks(lengths: npt.NDArray[np.uint64], flags: int) -> Iterator[Group]:
-    """Divide the reads of a frame, at least one, into the chunks in which its response comes."""
-    if flags & WANT_CHECKSUM:
-        return groups(lengths, count_max=FRAME_READS_MAX, bytes_max=CHUNK_BYTES)
-    return iter([Group(0, len(lengths), int(lengths.sum()))])
+def chunks(lengths: npt.NDArray[np.uint64]) -> Iterator[Group]:
+    """Divide the reads of a frame into the chunks that a checksum follows."""
+    return groups(lengths, count_max=FRAME_READS_MAX, bytes_max=CHUNK_BYTES)
+
+
+def lay_out(header: npt.NDArray[np.uint64], reads: npt.NDArray[np.uint64], stops: Sequence[int],
+            checksums_address: int) -> npt.NDArray[np.uint64]:
+    """List a response's bytes in the order in which they travel, as ranges of the memory of one end, uint64 [m, 2].
+
+    Args:
+        header: where the header is, uint64 [1, 2] of (address, length).
+        reads: where the bytes of every read are, uint64 [n, 2].
+        stops: behind how many reads each checksum comes, ascending; empty = no checksums.
+        checksums_address: where the checksums are, one after the other.
+    """
+    count = len(stops)
+    ranges = np.empty((1 + len(reads) + count, 2), np.uint64)
+    if count == 0:
+        ranges[1:] = reads
+    else:
+        places = np.array(stops) + np.arange(1, count + 1)
+        is_read = np.ones(len(ranges), np.bool_)
+        is_read[0] = is_read[places] = False
+        ranges[is_read] = reads
+        ranges[places, 0] = checksums_address + CHECKSUM_BYTES * np.arange(count)
+        ranges[places, 1] = CHECKSUM_BYTES
+    ranges[0] = header
+    return ranges
 
 
 def unpack_read(data: bytes) -> tuple[int, int]:
@@ -120,12 +144,13 @@ def unpack_response(data: bytes | bytearray) -> Response:
 
 def check_reads(reads: npt.NDArray[np.uint64], region_size_bytes: int) -> int:
     """Return OK, or the status that refuses these reads (uint64 [count, 2] of offset, length)."""
+    if len(reads) == 0:
+        return OK
     offsets, lengths = reads[:, 0], reads[:, 1]
-    if bool((lengths == 0).any()) or bool((lengths > FRAME_MAX_BYTES).any()):
-        return BAD_REQUEST
-    if int(lengths.sum()) > FRAME_MAX_BYTES:  # at most 1,024 x 8 MiB: cannot overflow
-        return BAD_REQUEST
-    if bool((lengths > region_size_bytes).any()) or bool((offsets > np.uint64(region_size_bytes) - lengths).any()):
+    longest = int(lengths.max())
+    if longest > FRAME_MAX_BYTES or int(lengths.sum()) > FRAME_MAX_BYTES or not lengths.all():
+        return BAD_REQUEST  # the sum, of at most 1,024 x 8 MiB, cannot overflow
+    if longest > region_size_bytes or bool((offsets > np.uint64(region_size_bytes) - lengths).any()):
         return OUT_OF_BOUNDS
     return OK
 
