@@ -1,4 +1,4 @@
-"""The cache linker against SGLang's own classes, without a server: two linkers with a device pool each, in one cell.
+"""Cache linker and HiCache storage against SGLang's own classes, without a server: two of a kind in one cell.
 
 Run by test_inside_sglang.py in the engine's environment.
 """
@@ -17,6 +17,7 @@ from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWei
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
 
+from mooncake_connector.engines.sglang import hicache
 from mooncake_connector.engines.sglang import linker as module
 from mooncake_connector.engines.sglang.linker import PoolLinker
 from mooncake_store.errors import ConfigError
@@ -199,6 +200,65 @@ def test_what_cannot_be_served_is_refused_at_start_by_name(make):
                         "--pp-size": {"server": {"pp_size": 2}}, "segment_byte": {"segment_byte": 1}}.items():
         with pytest.raises(ConfigError, match=word):
             make(**given)
+
+
+class HostPool:
+    """What the HiCache storage needs of SGLang's host pool: pages whose keys lie together, and whose values do."""
+
+    page_size, layer_num, dtype, layout = PAGE, LAYERS, torch.float32, "page_first_direct"
+
+    def __init__(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        self.pages = torch.rand(2, PAGES, LAYERS, PAGE, HEADS, WIDTH, generator=generator)
+
+    def get_page_buffer_meta(self, indices):
+        pages = [int(index) // PAGE for index in indices[::PAGE]]
+        parts = [self.pages[which, page] for page in pages for which in range(2)]
+        return [part.data_ptr() for part in parts], [part.nbytes for part in parts]
+
+
+def slots(pages):
+    return torch.tensor([page * PAGE + i for page in pages for i in range(PAGE)])
+
+
+@pytest.fixture
+def make_storage(request, monkeypatch):
+    arguments = types.SimpleNamespace(model_path="org/model", revision=None, dtype="float32")
+    monkeypatch.setattr(hicache, "get_server_args", lambda: arguments)
+    made = []
+
+    def make(seed=0, interface_v1=1, **changes):
+        settings = {"directory": "memory", "cell": f"hicache-{request.node.name}"[:60], "segment_bytes": 1 << 20}
+        storage = hicache.PoolStorage(types.SimpleNamespace(**{
+            "tp_rank": 0, "tp_size": 1, "pp_size": 1, "is_mla_model": False, "model_name": "org/model",
+            "extra_config": {"interface_v1": interface_v1, "mooncake": settings}, **changes}), {})
+        made.append(storage)
+        storage.register_mem_pool_host(HostPool(seed))
+        return storage
+
+    yield make
+    for storage in made:
+        storage.close()
+
+
+def test_what_one_servers_host_cache_saved_another_finds(make_storage):
+    source, target = make_storage(1), make_storage(2)
+    keys = [hashlib.sha256(name.encode()).hexdigest() for name in "abc"]
+    assert source.batch_set_v1(keys[:2], slots([3, 1])) == [True, True]
+    until(lambda: target.batch_exists(keys) == 2)
+    assert (target.exists(keys[0]), target.exists(keys[2])) == (True, False)
+    assert target.batch_get_v1(keys, slots([7, 2, 9])) == [True, True, False]
+    for theirs, ours in ((3, 7), (1, 2)):
+        assert torch.equal(source.mem_pool_host.pages[:, theirs], target.mem_pool_host.pages[:, ours])
+
+
+def test_a_storage_is_refused_where_it_could_give_wrong_pages(make_storage):
+    for word, given in {"interface_v1 is off": {"interface_v1": 0}, "latent attention": {"is_mla_model": True},
+                        "pp_size is 2": {"pp_size": 2}}.items():
+        with pytest.raises(ConfigError, match=word):
+            make_storage(**given)
+    with pytest.raises(ConfigError, match="'swa'"):
+        make_storage().register_mem_host_pool_v2(HostPool(0), "swa")
 
 
 RANK = """
