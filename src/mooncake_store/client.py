@@ -23,10 +23,7 @@ import re
 import secrets
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
-
-import numpy as np
 
 from mooncake_store import __version__
 from mooncake_store.config import StoreConfig
@@ -37,7 +34,7 @@ from mooncake_store.image import merge_adjacent, scatter
 from mooncake_store.metrics import Metrics
 from mooncake_store.pool.index import StoredBlock
 from mooncake_store.pool.segment import Segment
-from mooncake_store.pull.base import GetOutcome, PeerAddress, Scatter
+from mooncake_store.pull.base import GetOutcome, PeerAddress, Runs, Scatter
 from mooncake_store.pull.puller import Puller
 from mooncake_store.pull.replication import Replicator, ReplicatorHooks
 from mooncake_store.pull.server import OfferAnswer, PullServer, ServerHooks
@@ -53,8 +50,6 @@ __all__ = ["GetOutcome", "Scatter", "StoreClient"]
 logger = logging.getLogger(__name__)
 
 ANNOUNCE_BLOCKS_MAX = 64
-
-Runs = list[tuple[int, int]]
 
 
 class StoreClient:
@@ -175,7 +170,7 @@ class StoreClient:
         outcomes = self._get_own(keys, runs)
         rest = [position for position, outcome in enumerate(outcomes) if outcome is None]
         if rest:
-            pulled = self._pull([keys[position] for position in rest], [targets[position] for position in rest],
+            pulled = self._pull([keys[position] for position in rest], [runs[position] for position in rest],
                                 deadline_ns)
             for position, outcome in zip(rest, pulled, strict=True):
                 outcomes[position] = outcome
@@ -200,7 +195,7 @@ class StoreClient:
                 gone.extend(room.evicted)
                 if room.block is not None:
                     reserved.append(room.block)
-            targets = [_whole(self._segment.address_of(block), block.extent.length) for block in reserved]
+            targets = [[(self._segment.address_of(block), block.extent.length)] for block in reserved]
             wanted = [block.key for block in reserved]
             results = self._puller.pull(wanted, targets, deadline_ns=deadline_ns, source=source)
             for block, pulled in zip(list(reserved), results, strict=True):
@@ -291,6 +286,8 @@ class StoreClient:
     def _get_own(self, keys: Sequence[BlockKey], runs: Sequence[Runs]) -> list[GetOutcome | None]:
         """Copy what our own segment holds; None for the rest."""
         blocks = self._segment.pin(keys)
+        if not any(blocks):
+            return [None] * len(keys)
         outcomes: list[GetOutcome | None] = []
         try:
             for block, run in zip(blocks, runs, strict=True):
@@ -307,7 +304,7 @@ class StoreClient:
             self._segment.unpin([block for block in blocks if block is not None])
         return outcomes
 
-    def _pull(self, keys: Sequence[BlockKey], targets: Sequence[Scatter], deadline_ns: int) -> list[GetOutcome]:
+    def _pull(self, keys: Sequence[BlockKey], targets: Sequence[Runs], deadline_ns: int) -> list[GetOutcome]:
         started = time.monotonic()
         try:
             outcomes = [pulled.outcome for pulled in self._puller.pull(keys, targets, deadline_ns=deadline_ns)]
@@ -348,8 +345,8 @@ class StoreClient:
         return self.status(), info
 
     def _count(self, metric: str, results: Sequence[str]) -> None:
-        for result, count in Counter(results).items():
-            self.metrics.add(metric, count, result=result)
+        for result in set(results):
+            self.metrics.add(metric, results.count(result), result=result)
 
 
 def _runs(keys: Sequence[BlockKey], pieces: Sequence[Scatter]) -> list[Runs]:
@@ -364,10 +361,6 @@ def _runs(keys: Sequence[BlockKey], pieces: Sequence[Scatter]) -> list[Runs]:
             raise LocalProtocolError("a scatter without bytes")
         runs.append(run)
     return runs
-
-
-def _whole(address: int, length: int) -> Scatter:
-    return Scatter(np.array([address], dtype=np.uint64), np.array([length], dtype=np.uint64))
 
 
 def _node_name(kind: str) -> str:

@@ -53,27 +53,31 @@ class Metrics:
     def __init__(self, *tables: dict[str, MetricSpec]) -> None:
         self.registry = CollectorRegistry()
         self._metrics: dict[str, Counter | Gauge | Histogram] = {}
+        self._children: dict[tuple[object, ...], Counter | Gauge | Histogram] = {}
         for table in tables or (STORE_METRICS,):
             for name, spec in table.items():
                 self._metrics[name] = _create(name, spec, self.registry)
 
     def add(self, name: str, amount: float = 1.0, **labels: str) -> None:
         """Add to a counter (or to a gauge, where ``amount`` may be negative)."""
-        metric = self._metrics[name]
-        child = metric.labels(**labels) if labels else metric
-        child.inc(amount)  # type: ignore[union-attr]
+        self._child(name, labels).inc(amount)  # type: ignore[union-attr]
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
-        metric = self._metrics[name]
-        child = metric.labels(**labels) if labels else metric
-        child.set(value)  # type: ignore[union-attr]
+        self._child(name, labels).set(value)  # type: ignore[union-attr]
 
     def observe(self, name: str, seconds: float, **labels: str) -> None:
         """Add one observation to a histogram."""
-        metric = self._metrics[name]
-        child = metric.labels(**labels) if labels else metric
-        child.observe(seconds)  # type: ignore[union-attr]
+        self._child(name, labels).observe(seconds)  # type: ignore[union-attr]
+
+    def _child(self, name: str, labels: dict[str, str]) -> Counter | Gauge | Histogram:
+        """Return a metric's values for these labels: finding them takes longer than adding to them."""
+        key = (name, *labels.items())
+        child = self._children.get(key)
+        if child is None:
+            metric = self._metrics[name]
+            child = self._children[key] = metric.labels(**labels) if labels else metric
+        return child
 
     def snapshot(self) -> dict[str, float]:
         """Return every sample as ``name{label="value",...}`` -> value, histograms by their sum and count."""

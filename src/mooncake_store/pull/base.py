@@ -24,6 +24,10 @@ class Scatter(NamedTuple):
     lengths: npt.NDArray[np.uint64]
 
 
+Runs = Sequence[tuple[int, int]]
+"""A scatter with neighbours in memory joined: (address, length) in image order, no length 0, at least one."""
+
+
 class GetOutcome(NamedTuple):
     """What became of one block asked for.
 

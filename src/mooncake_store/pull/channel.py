@@ -5,7 +5,6 @@ Threading model: a channel is used by one thread at a time. It may move between 
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import select
 import socket
@@ -86,8 +85,10 @@ class Channel:
 
     def flush(self) -> None:
         """Send what the connection takes now. Raises OSError when it is broken."""
-        with contextlib.suppress(BlockingIOError):
+        try:
             self._unsent = self._unsent[self._socket.send(self._unsent):]
+        except BlockingIOError:
+            pass  # poll says when
 
     def receive(self) -> None:
         """Take in some of what has arrived. Raises OSError when the connection is broken or over."""

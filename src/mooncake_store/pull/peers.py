@@ -48,20 +48,23 @@ class Peers:
         self._peers: dict[NodeId, _Peer] = {}
         self._inflight_bytes = 0
         self._is_closed = False
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._num_waiting = 0
 
-    def facts(self, hosts: Mapping[NodeId, HostIdentity], own_host: HostIdentity,
+    def facts(self, addresses: Mapping[NodeId, PeerAddress], own_host: HostIdentity,
               now_ns: int) -> dict[NodeId, PeerFacts]:
         """Return what the planner needs of these peers."""
         facts: dict[NodeId, PeerFacts] = {}
-        with self._changed:
-            for node_id, host in hosts.items():
+        with self._lock:
+            for node_id, address in addresses.items():
+                is_near = address.host == own_host
                 peer = self._peers.get(node_id)
                 if peer is None:
-                    facts[node_id] = PeerFacts(host == own_host, 0)
+                    facts[node_id] = PeerFacts(is_near, 0)
                 else:
                     blocked = f"left alone after: {peer.reason}" if peer.blamed_until_ns > now_ns else ""
-                    facts[node_id] = PeerFacts(host == own_host, peer.outstanding_bytes, blocked)
+                    facts[node_id] = PeerFacts(is_near, peer.outstanding_bytes, blocked)
         return facts
 
     def try_begin(self, address: PeerAddress, num_bytes: int) -> PeerLink | None:
@@ -72,7 +75,7 @@ class Peers:
         """
         dead: list[PeerLink] = []
         try:
-            with self._changed:
+            with self._lock:
                 return self._try_begin(address, num_bytes, dead)
         finally:
             for broken in dead:
@@ -81,8 +84,8 @@ class Peers:
     def end(self, link: PeerLink, num_bytes: int, *, is_reusable: bool) -> None:
         """Give a link back, or close it."""
         node_id = link.peer.node_id
-        with self._changed:
-            peer = self._peers.setdefault(node_id, _Peer())
+        with self._lock:
+            peer = self._peer(node_id)
             peer.outstanding_bytes -= num_bytes
             self._inflight_bytes -= num_bytes
             if is_reusable and not self._is_closed:
@@ -90,26 +93,31 @@ class Peers:
             else:
                 peer.num_links -= 1
                 is_reusable = False
-            self._changed.notify_all()
+            if self._num_waiting:
+                self._changed.notify_all()
         if not is_reusable:
             link.close()
 
     def wait(self, timeout_s: float) -> None:
         """Wait until a link or some bytes may have become free."""
-        with self._changed:
-            self._changed.wait(timeout_s)
+        with self._lock:
+            self._num_waiting += 1
+            try:
+                self._changed.wait(timeout_s)
+            finally:
+                self._num_waiting -= 1
 
     def blame(self, node_id: NodeId, reason: str, now_ns: int) -> None:
         """Leave a peer alone for two seconds."""
-        with self._changed:
-            peer = self._peers.setdefault(node_id, _Peer())
+        with self._lock:
+            peer = self._peer(node_id)
             peer.blamed_until_ns = now_ns + BLAME_NS
             peer.reason = reason[:200]
 
     def sweep(self, alive: Collection[NodeId], now_ns: int) -> None:
         """Close links to peers that left the cell and links idle for a minute; forget what is over."""
         closing: list[PeerLink] = []
-        with self._changed:
+        with self._lock:
             for node_id, peer in list(self._peers.items()):
                 is_alive = node_id in alive
                 keep = [(since, link) for since, link in peer.idle if is_alive and now_ns - since < IDLE_LINK_NS]
@@ -125,7 +133,7 @@ class Peers:
         is_over = self._inflight_bytes and self._inflight_bytes + num_bytes > self._inflight_max_bytes
         if self._is_closed or is_over:
             return None
-        peer = self._peers.setdefault(address.node_id, _Peer())
+        peer = self._peer(address.node_id)
         link: PeerLink | None = None
         while peer.idle and link is None:
             _, candidate = peer.idle.pop()
@@ -143,14 +151,20 @@ class Peers:
         self._inflight_bytes += num_bytes
         return link
 
+    def _peer(self, node_id: NodeId) -> _Peer:
+        peer = self._peers.get(node_id)
+        if peer is None:
+            peer = self._peers[node_id] = _Peer()
+        return peer
+
     def num_links(self) -> int:
         """Count the open links."""
-        with self._changed:
+        with self._lock:
             return sum(peer.num_links for peer in self._peers.values())
 
     def close(self) -> None:
         """Close idle links; those in use are closed when they come back. Idempotent."""
-        with self._changed:
+        with self._lock:
             self._is_closed = True
             idle = [link for peer in self._peers.values() for _, link in peer.idle]
             for peer in self._peers.values():

@@ -18,16 +18,15 @@ import time
 from collections.abc import Sequence
 
 from mooncake_store.config import StoreConfig
-from mooncake_store.image import merge_adjacent
 from mooncake_store.metrics import Metrics
-from mooncake_store.pull.base import Cell, GetOutcome, PeerAddress, Pulled, Scatter
+from mooncake_store.pull.base import Cell, GetOutcome, PeerAddress, Pulled, Runs
 from mooncake_store.pull.link import Attacher, PeerLink
 from mooncake_store.pull.peers import Peers
-from mooncake_store.pull.planner import PeerFacts, StaleEntries, Want, plan_pull
-from mooncake_store.pull.round import PullRound, Target
+from mooncake_store.pull.planner import StaleEntries, Want, plan_pull
+from mooncake_store.pull.round import PullRound
 from mooncake_store.pull.session import PeerSession
 from mooncake_store.pull.wire import Hello
-from mooncake_store.types import BlockKey, HostIdentity, NodeId
+from mooncake_store.types import BlockKey, NodeId
 
 ANSWER_TIMEOUT_NS = 1_000_000_000
 """Longest wait for one answer of a peer; a stopped process costs this once, then it is left alone for a while."""
@@ -59,7 +58,7 @@ class Puller:
         self._stale_lock = threading.Lock()
         self._closing = threading.Event()
 
-    def pull(self, keys: Sequence[BlockKey], targets: Sequence[Scatter], *, deadline_ns: int,
+    def pull(self, keys: Sequence[BlockKey], targets: Sequence[Runs], *, deadline_ns: int,
              source: PeerAddress | None = None) -> list[Pulled]:
         """Pull blocks; returns one result per key, in order.
 
@@ -71,32 +70,32 @@ class Puller:
         """
         now_ns = time.monotonic_ns()
         deadline_ns = min(deadline_ns, now_ns + int(self._config.pull_timeout_s * 1e9))
-        goals = [_target(scatter) for scatter in targets]
+        wants = [Want(position, key, sum(length for _, length in runs))
+                 for position, (key, runs) in enumerate(zip(keys, targets, strict=True))]
         addresses, holders = self._whereabouts(keys, source, now_ns)
         results: list[Pulled] = [MISS] * len(keys)
-        tried: list[set[NodeId]] = [set() for _ in keys]
-        wants = [Want(position, key, goals[position].num_bytes) for position, key in enumerate(keys)]
         for number in range(ROUNDS_MAX):
-            open_wants = [want for want in wants if results[want.position].outcome.result != "ok"]
-            candidates = [[node for node in holders[want.position] if node not in tried[want.position]]
-                          for want in open_wants]
+            candidates = [holders[want.position] for want in wants]
             if not any(candidates) or time.monotonic_ns() >= deadline_ns or self._closing.is_set():
                 break
-            plan = plan_pull(open_wants, candidates, self._facts(addresses),
+            plan = plan_pull(wants, candidates, self._peers.facts(addresses, self._hello.host, now_ns),
                              batch_max_bytes=max(1, self._config.inflight_max_bytes // 2))
             if number == 0:
                 for position, reason in plan.unavailable:
                     results[position] = Pulled(GetOutcome("miss", "", 0, reason), 0, "")
-            for batch in plan.batches:
-                for want in batch.wants:
-                    tried[want.position].add(batch.peer)
-            round_ = PullRound(self._peers, self._media, goals, deadline_ns=deadline_ns, metrics=self._metrics,
+            round_ = PullRound(self._peers, self._media, targets, deadline_ns=deadline_ns, metrics=self._metrics,
                                is_verifying=self._config.checksum, closing=self._closing)
             outcome = round_.run(plan.batches, addresses)
-            self._remember_stale(outcome.stale)
+            if outcome.stale:
+                self._remember_stale(outcome.stale)
             for position, pulled in outcome.pulled.items():
                 if number == 0 or pulled.outcome.result == "ok":
                     results[position] = pulled
+            wants = [want for want in wants if results[want.position].outcome.result != "ok"]
+            for batch in plan.batches if wants else ():
+                for want in batch.wants:
+                    holders[want.position].remove(batch.peer)
+            now_ns = time.monotonic_ns()
         return results
 
     def sweep(self) -> None:
@@ -123,26 +122,18 @@ class Puller:
                      now_ns: int) -> tuple[dict[NodeId, PeerAddress], list[list[NodeId]]]:
         if source is not None:
             return {source.node_id: source}, [[source.node_id] for _ in keys]
-        own = self._hello.node_id
-        addresses = {node_id: PeerAddress(node_id, member.control, member.host)
-                     for node_id, member in self._cell.members().items() if node_id != own}
+        own, members = self._hello.node_id, self._cell.members()
         located = self._cell.locate(keys)
         with self._stale_lock:
-            holders = [[node for node in nodes if node in addresses and not self._stale.holds(node, key, now_ns)]
+            holders = [[node for node in nodes if node != own and node in members
+                        and not self._stale.holds(node, key, now_ns)]
                        for key, nodes in zip(keys, located, strict=True)]
+        addresses = {node: PeerAddress(node, members[node].control, members[node].host)
+                     for node in {node for nodes in holders for node in nodes}}
         return addresses, holders
-
-    def _facts(self, addresses: dict[NodeId, PeerAddress]) -> dict[NodeId, PeerFacts]:
-        hosts: dict[NodeId, HostIdentity] = {node_id: address.host for node_id, address in addresses.items()}
-        return self._peers.facts(hosts, self._hello.host, time.monotonic_ns())
 
     def _remember_stale(self, entries: Sequence[tuple[NodeId, BlockKey]]) -> None:
         now_ns = time.monotonic_ns()
         with self._stale_lock:
             for node_id, key in entries:
                 self._stale.add(node_id, key, now_ns)
-
-
-def _target(scatter: Scatter) -> Target:
-    runs = merge_adjacent(scatter.addresses.tolist(), scatter.lengths.tolist())
-    return Target(tuple(runs), sum(length for _, length in runs))

@@ -11,13 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from mooncake_store.errors import MooncakeError
 from mooncake_store.metrics import Metrics
-from mooncake_store.pull.base import GetOutcome, PeerAddress, Pulled
+from mooncake_store.pull.base import GetOutcome, PeerAddress, Pulled, Runs
 from mooncake_store.pull.link import Attacher, PeerLink
 from mooncake_store.pull.peers import Peers
 from mooncake_store.pull.planner import Batch
@@ -28,13 +29,6 @@ from mooncake_store.transport.checksum import checksum_of, is_comparable
 from mooncake_store.types import BlockKey, NodeId
 
 POLL_MAX_MS = 50
-
-
-class Target(NamedTuple):
-    """Where one block goes: (address, length) runs in image order."""
-
-    runs: tuple[tuple[int, int], ...]
-    num_bytes: int
 
 
 class RoundResult(NamedTuple):
@@ -60,13 +54,13 @@ class PullRound:
     """One round of one pull; use once.
 
     Args:
-        targets: by position.
+        targets: where each block goes, by position.
         deadline_ns: CLOCK_MONOTONIC.
         is_verifying: compare checksums.
         closing: set when the process wants this to end.
     """
 
-    def __init__(self, peers: Peers, media: Attacher, targets: Sequence[Target], *, deadline_ns: int, metrics: Metrics,
+    def __init__(self, peers: Peers, media: Attacher, targets: Sequence[Runs], *, deadline_ns: int, metrics: Metrics,
                  is_verifying: bool, closing: threading.Event) -> None:
         self._peers = peers
         self._media = media
@@ -169,23 +163,21 @@ class PullRound:
 
     def _carry_out(self, active: _Active, instructions: Sequence[Instruction]) -> None:
         link, node_id = active.link, active.link.peer.node_id
-        todo = deque(instructions)
-        while todo:
-            instruction = todo.popleft()
+        for instruction in instructions:
             match instruction:
-                case Send(message):
-                    link.send(message)
                 case Settle(want, pulled, is_stale):
                     self._result.pulled[want.position] = pulled
                     if is_stale:
                         self._result.stale.append((node_id, want.key))
+                case Send(message):
+                    link.send(message)
                 case Read():
                     active.read = instruction
-                case Attach(region, deadline_ns):
-                    error = link.attach(self._media, region, deadline_ns=deadline_ns)
-                    todo.extend(link.session.on_attached(error, time.monotonic_ns()))
                 case Finish():
                     self._end(active, is_reusable=True)
+                case Attach(region, deadline_ns):
+                    error = link.attach(self._media, region, deadline_ns=deadline_ns)
+                    self._carry_out(active, link.session.on_attached(error, time.monotonic_ns()))
                 case Drop(reason, is_blamed):
                     self._end(active, is_reusable=False)
                     if is_blamed:
@@ -197,27 +189,28 @@ class PullRound:
         attachment = link.attachment
         if attachment is None:
             return tuple(Verdict("failed", "", "the region is not open") for _ in read.items)
-        runs = [self._targets[item.want.position].runs for item in read.items]
-        addresses = np.array([address for run in runs for address, _ in run], dtype=np.uint64)
-        lengths = np.array([length for run in runs for _, length in run], dtype=np.uint64)
-        offsets = np.concatenate([_offsets(item.entry.offset, run) for item, run in zip(read.items, runs, strict=True)])
+        runs = [self._targets[item.want.position] for item in read.items]
+        ranges = np.array([piece for run in runs for piece in run], np.uint64)
+        offsets = [offset for item, run in zip(read.items, runs, strict=True)
+                   for offset in accumulate((length for _, length in run[:-1]), initial=item.entry.offset)]
+        batch = ReadBatch(np.array(offsets, np.uint64), ranges[:, 0].copy(), ranges[:, 1].copy())
         try:
-            result = attachment.read(ReadBatch(offsets, addresses, lengths), deadline_ns=read.deadline_ns)
+            result = attachment.read(batch, deadline_ns=read.deadline_ns)
         except MooncakeError as error:
             return tuple(Verdict("failed", "", f"cannot read: {error.message}") for _ in read.items)
-        medium = attachment.medium
+        medium, is_here = attachment.medium, result.ok.tolist()
         reason = result.error.message if result.error is not None else "the read did not complete"
         verdicts: list[Verdict] = []
         start = 0
         for item, run in zip(read.items, runs, strict=True):
             end = start + len(run)
-            if not bool(result.ok[start:end].all()):
+            if not all(is_here[start:end]):
                 verdicts.append(Verdict("failed", medium, reason))
             elif not self._is_verifying:
                 verdicts.append(Verdict("ok", medium))
             elif not is_comparable(item.entry.checksum):
                 verdicts.append(Verdict("failed", medium, "the owner's checksum is of another kind than ours"))
-            elif checksum_of(np.array(run, np.uint64)) == item.entry.checksum:
+            elif checksum_of(ranges[start:end]) == item.entry.checksum:
                 verdicts.append(Verdict("ok", medium, is_verified=True))
             else:
                 verdicts.append(Verdict("corrupt", medium, "the bytes do not have the owner's checksum"))
@@ -249,8 +242,3 @@ class PullRound:
         if active.events:
             self._poller.unregister(link.channel.fd)
         self._peers.end(link, active.batch.num_bytes, is_reusable=is_reusable)
-
-
-def _offsets(start: int, runs: Sequence[tuple[int, int]]) -> np.ndarray:
-    lengths = [length for _, length in runs]
-    return np.cumsum(np.array([start, *lengths[:-1]], dtype=np.uint64), dtype=np.uint64)

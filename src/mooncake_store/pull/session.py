@@ -44,6 +44,8 @@ BLAME_AFTER_NS = 250_000_000
 class State(Enum):
     """Where a session is."""
 
+    __hash__ = object.__hash__  # Enum's own is written in Python, and each step looks two of these up
+
     NEW = "new"
     GREETING = "greeting"
     ATTACHING = "attaching"
@@ -56,6 +58,8 @@ class State(Enum):
 
 class Event(Enum):
     """What can happen to it."""
+
+    __hash__ = object.__hash__
 
     BEGUN = "begun"
     WELCOMED = "welcomed"
@@ -194,7 +198,7 @@ class PeerSession:
     def on_message(self, message: Message, now_ns: int) -> list[Instruction]:
         """Take a message of the peer."""
         request_id = getattr(message, "request_id", -1)
-        if isinstance(message, Renewed | Denied) and self._renewal[0] and request_id == self._renewal[0]:
+        if self._renewal[0] and request_id == self._renewal[0] and isinstance(message, Renewed | Denied):
             return self._on_renewal(message)
         if isinstance(message, Denied) and request_id == 0:
             return self._end(Event.INVALID, f"peer cannot read us: {message.reason} {message.detail}".strip())
