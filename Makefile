@@ -48,8 +48,8 @@ demo-sglang: env-sglang ## the same on SGLang's servers
 	$(BIN)/mooncake demo --engine sglang --python $(SGLANG_VENV)/bin/python --model $(MODEL) $(ARGS)
 
 test: check ## every test there is; engines are installed, and the guest runs, beside the tests that need neither
-	@{ $(MAKE_ENV) vllm model sglang && { $(PYTEST) $(RDMA_TESTS) $(ARGS) || exit 3; }; } & beside=$$!; \
-	trap 'kill $$beside 2>/dev/null' EXIT INT TERM; \
+	@setsid sh -c '$(MAKE_ENV) vllm model sglang && { $(PYTEST) $(RDMA_TESTS) $(ARGS) || exit 3; }' & beside=$$!; \
+	trap 'kill -- -$$beside 2>/dev/null' EXIT INT TERM; \
 	$(PYTEST) $(UNIT_TESTS) $(ARGS); failed=$$?; \
 	wait $$beside; case $$? in 0) ;; 3) failed=1;; *) exit 1;; esac; trap - EXIT INT TERM; \
 	$(PYTEST) $(ENGINE_TESTS) $(ARGS) || failed=$$?; \
