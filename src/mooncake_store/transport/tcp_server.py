@@ -287,9 +287,14 @@ class ReadServer:
             logger.warning("turning a reader over tcp away: there are %d already", CONNECTIONS_MAX)
             sock.close()
             return
-        tune(sock)
-        if self._tls is not None:
-            sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        try:
+            tune(sock)
+            if self._tls is not None:
+                sock = self._tls.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        except OSError as error:
+            logger.debug("a reader over tcp left at once: %s", error)
+            sock.close()
+            return
         connection = _Connection(sock)
         self._connections[connection.fd] = connection
         self._epoll.register(connection.fd, connection.events)

@@ -1,8 +1,10 @@
 """TLS on the tcp medium: who is let in, what is on the wire, which settings are refused."""
 
 import contextlib
+import os
 import socket
 import ssl
+import struct
 import threading
 import time
 from pathlib import Path
@@ -131,6 +133,22 @@ def test_a_greeting_that_stalls_is_dropped(owned, monkeypatch):
         started = time.monotonic()
         assert sock.recv(100) == b""
         assert time.monotonic() - started < 9
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # ssl leaves its half-made sockets
+def test_strangers_that_leave_at_once_do_not_end_the_server(owned):
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(300):
+        with socket.create_connection(("127.0.0.1", owned.descriptor.offers[0].port), timeout=5) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets
+    attachment = TcpTransport(tls=load_contexts(MEMBER)).attach(owned.descriptor, deadline_ns=soon())
+    assert read(attachment, owned.bytes).error is None
+    attachment.close()
+    for _ in range(100):
+        if len(os.listdir("/proc/self/fd")) <= before:
+            break
+        time.sleep(0.05)  # the server notices
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 def test_no_files_mean_no_tls():
