@@ -11,6 +11,7 @@ every request that is due earlier keeps its margin: nobody starves.
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
@@ -18,18 +19,14 @@ from typing import Annotated, Literal, NamedTuple
 
 import msgspec
 
+from mooncake_connector.router.tally import Inflow, TokenLedger
 from mooncake_store.errors import LocalProtocolError
 
 WAITING_MAX = 65_536
-TENANTS_MAX = 4096
-HALF_LIFE_S = 60.0
-OVER_SHARE_MAX = 16.0
 PRIORITY_MAX = 8
-MEMORY_S = 60.0
+REPLAN_S = 0.1
+ALWAYS_PLANNED = 32
 SLACK_SHARE = 0.5
-PRICE_MIN = 1e-4
-PRICE_STEP = 1.2
-PRICES = 192
 RETRY_MIN_S = 1
 RETRY_MAX_S = 600
 
@@ -135,107 +132,11 @@ class Planned(NamedTuple):
     margin_s: float
 
 
-class Inflow:
-    """Remembers how much work came lately, by how much one request costs per unit of its value.
-
-    With it the dearest request can be told that the cluster can afford if the near future is like the near past. What
-    is dearer would be served at the cost of several cheaper ones that are still to come.
-    """
-
-    def __init__(self) -> None:
-        self._work = [0.0] * PRICES
-        self._total = 0.0
-        self._begun_s: float | None = None
-        self._now_s = 0.0
-
-    def add(self, price: float, work: float, *, now_s: float) -> None:
-        """Count a request that arrived. Modifies this."""
-        if self._begun_s is None:
-            self._begun_s = self._now_s = now_s
-        factor = math.exp((self._now_s - now_s) / MEMORY_S)
-        if factor < 0.99:
-            self._work = [each * factor for each in self._work]
-            self._total *= factor
-            self._now_s = now_s
-        self._work[_bin(price)] += work
-        self._total += work
-
-    def dearest(
-        self, waiting: Sequence[tuple[float, float]], *, capacity: float, slack_s: float, now_s: float
-    ) -> float:
-        """Return the highest price that can be afforded; infinite when all can.
-
-        Args:
-            waiting: price and work of what is there already.
-            capacity: work done per second.
-            slack_s: how long work may wait on average.
-            now_s: for how long the past is known.
-        """
-        if self._begun_s is None or capacity <= 0:
-            return math.inf
-        # No further ahead than the past is known: as much will come in known_s as came in that time.
-        known_s = MEMORY_S * (1.0 - math.exp(-max(now_s - self._begun_s, 0.0) / MEMORY_S))
-        fade = math.exp((self._now_s - now_s) / MEMORY_S)
-        left = capacity * (known_s + slack_s)
-        if self._total * fade + sum(work for _, work in waiting) <= left:
-            return math.inf
-        totals = [each * fade for each in self._work]
-        for price, work in waiting:
-            totals[_bin(price)] += work
-        for number, total in enumerate(totals):
-            left -= total
-            if left < 0:
-                return float(PRICE_MIN * PRICE_STEP ** (number + 1 + left / total))
-        return math.inf
-
-
 _DEADLINE = operator.attrgetter("deadline_s")
 
 
-def _rank(waiting: Waiting) -> tuple[float, float, str]:
+def _cheapness(waiting: Waiting) -> tuple[float, float, str]:
     return (waiting.price, waiting.arrived_s, waiting.request_id)
-
-
-def _bin(price: float) -> int:
-    return min(max(int(math.log(max(price, PRICE_MIN) / PRICE_MIN, PRICE_STEP)), 0), PRICES - 1)
-
-
-class TokenLedger:
-    """Counts tokens served per name, forgetting half of them every ``HALF_LIFE_S``."""
-
-    def __init__(self) -> None:
-        self._tokens: dict[str, float] = {}
-        self._total = 0.0
-        self._now_s = 0.0
-
-    def add(self, name: str, num_tokens: int, *, now_s: float) -> None:
-        """Charge a name. Modifies the ledger; beyond ``TENANTS_MAX`` names the least charged half is forgotten."""
-        self._decay(now_s)
-        self._tokens[name] = self._tokens.get(name, 0.0) + num_tokens
-        self._total += num_tokens
-        if len(self._tokens) > TENANTS_MAX:
-            kept = heapq.nlargest(TENANTS_MAX // 2, self._tokens.items(), key=lambda each: each[1])
-            self._tokens = dict(kept)
-            self._total = sum(self._tokens.values())
-
-    def share(self, name: str) -> float:
-        """Return a name's part of what was served lately."""
-        return self._tokens.get(name, 0.0) / self._total if self._total else 0.0
-
-    def over_share(self, name: str) -> float:
-        """Return how many times its equal share a name was served lately, between 1 and ``OVER_SHARE_MAX``."""
-        # Somebody who was not served yet is one more to share with.
-        num_names = max(len(self._tokens), 2 if name else 1)
-        return min(max(self.share(name) * num_names, 1.0), OVER_SHARE_MAX)
-
-    def _decay(self, now_s: float) -> None:
-        # In steps, because every name is touched.
-        if now_s - self._now_s < HALF_LIFE_S / 16:
-            return
-        factor = 0.5 ** ((now_s - self._now_s) / HALF_LIFE_S)
-        self._tokens = {name: left for name, tokens in self._tokens.items() if (left := tokens * factor) >= 1.0}
-        self._total = sum(self._tokens.values())
-        self._now_s = now_s
 
 
 class AdmissionQueue:
@@ -258,23 +159,33 @@ class AdmissionQueue:
         overtaking_errors: float = 1.0,
         rule: Rule | None = None,
     ) -> None:
-        if "" not in classes:
-            raise LocalProtocolError("there must be a class named '' for requests that name none")
-        self._classes = dict(classes)
         self._safety_s = safety_s
         self._safety_errors = safety_errors
         self._overtaking_errors = overtaking_errors
         self._prefill_inflow = Inflow()
         self._decode_inflow = Inflow()
-        self._rule = rule
         self._waiting: dict[str, Waiting] = {}
-        self._memo: tuple[Outlook, list[Planned]] | None = None
+        self._ranked: list[Waiting] = []
+        self._ranked_s = -math.inf
+        self.is_changed = False
         self._tenants = TokenLedger()
         self._served_classes = TokenLedger()
-        self._weight_max = max(each.weight for each in classes.values())
+        self.reconfigure(classes, rule)
 
     def __len__(self) -> int:
         return len(self._waiting)
+
+    def reconfigure(self, classes: Mapping[str, ServiceClass], rule: Rule | None) -> None:
+        """Go on with other classes and another rule; who waits keeps the deadline it came with.
+
+        Raises:
+            LocalProtocolError: there is no class named ``""``.
+        """
+        if "" not in classes:
+            raise LocalProtocolError("there must be a class named '' for requests that name none")
+        self._classes = dict(classes)
+        self._weight_max = max(each.weight for each in classes.values())
+        self._rule = rule
 
     @property
     def work_s(self) -> float:
@@ -315,7 +226,7 @@ class AdmissionQueue:
         if self._rule is not None and not self._rule(waiting, outlook):
             return Rejected(request_id, "rule", self.retry_after_s(waiting, outlook))
         self._waiting[request_id] = waiting
-        self._memo = None
+        self.is_changed = True
         waiting.value = self._value(waiting)
         self._prefill_inflow.add(waiting.price, work_s, now_s=outlook.now_s)
         self._decode_inflow.add(held_token_s / waiting.value, held_token_s, now_s=outlook.now_s)
@@ -323,15 +234,20 @@ class AdmissionQueue:
 
     def remove(self, request_id: str) -> Waiting | None:
         """Take out a request whose client left; None when it does not wait."""
-        self._memo = None
+        self.is_changed = True
         return self._waiting.pop(request_id, None)
 
     def dispatch(self, request_id: str, *, now_s: float) -> None:
         """Take out a request that was given to engines, and charge its tenant and class."""
         waiting = self._waiting.pop(request_id)
-        self._memo = None
+        self.is_changed = True
         self._tenants.add(waiting.tenant, waiting.num_tokens, now_s=now_s)
         self._served_classes.add(waiting.class_name, waiting.num_tokens, now_s=now_s)
+
+    def is_plan_due(self, now_s: float) -> bool:
+        """Tell whether to plan anew: when something changed, but among many not more often than every ``REPLAN_S``."""
+        age_s = now_s - self._ranked_s
+        return age_s >= REPLAN_S or (len(self._waiting) <= ALWAYS_PLANNED and (self.is_changed or age_s > 0))
 
     def drop_infeasible(self, outlook: Outlook) -> list[Rejected]:
         """Take out the requests that make the rest late, and say when to come back."""
@@ -340,7 +256,7 @@ class AdmissionQueue:
         rejected = [self._reject(each, "displaced", outlook) for each in self._too_dear(outlook)]
         planned, late = self.plan(outlook)
         rejected += [self._reject(each, "infeasible", outlook) for each in late]
-        self._memo = (outlook, planned)
+        self._rank(planned, [], outlook)
         return rejected
 
     def _too_dear(self, outlook: Outlook) -> list[Waiting]:
@@ -412,13 +328,20 @@ class AdmissionQueue:
                 planned.append(Planned(each, margin_s))
         return planned
 
-    def order(self, outlook: Outlook) -> list[Waiting]:
+    def order(self, outlook: Outlook, num_max: int = WAITING_MAX) -> list[Waiting]:
         """Return what may be dispatched now, best first: shortest first among those that make nobody late.
 
-        Those that are late already, where nothing is dropped, come last.
+        Those that are late already, where nothing is dropped, come last. Who came after the last plan comes with the
+        next one, see :meth:`is_plan_due`.
         """
-        memo = self._memo
-        planned, late = (memo[1], []) if memo is not None and memo[0] is outlook else self.plan(outlook)
+        if self.is_plan_due(outlook.now_s):
+            for each in self._waiting.values():
+                each.value = self._value(each)
+            self._rank(*self.plan(outlook), outlook)
+        still = (each for each in self._ranked if self._waiting.get(each.request_id) is each)
+        return list(itertools.islice(still, num_max))
+
+    def _rank(self, planned: Sequence[Planned], late: Sequence[Waiting], outlook: Outlook) -> None:
         num_engines = max(len(outlook.queues_s), 1)
         margin_s = math.inf
         allowed = []
@@ -426,8 +349,8 @@ class AdmissionQueue:
             if waiting.work_s / num_engines < margin_s:
                 allowed.append(waiting)
             margin_s = min(margin_s, own_margin_s - waiting.work_s * self._overtaking_errors * outlook.error)
-        allowed.sort(key=_rank)
-        return [*allowed, *sorted(late, key=_rank)]
+        self._ranked = [*sorted(allowed, key=_cheapness), *sorted(late, key=_cheapness)]
+        self._ranked_s, self.is_changed = outlook.now_s, False
 
     def retry_after_s(self, waiting: Waiting, outlook: Outlook) -> int:
         """Return after how many seconds a request like this one could be served in time, as predicted now."""

@@ -20,44 +20,48 @@ class PrefillLoad:
     def __init__(self) -> None:
         # Ordered: finding the first of a plain dict is slow after many were taken from its front.
         self._predicted_s: OrderedDict[str, float] = OrderedDict()
-        self._total_s = 0.0
-        self._begun_s = 0.0
+        self._due_s = 0.0
+        self._overdue_s = 0.0
+        self._behind_s = 0.0
 
     def __len__(self) -> int:
         return len(self._predicted_s)
 
-    @property
-    def is_busy(self) -> bool:
-        """Tell whether there is anything to do."""
-        return bool(self._predicted_s)
-
     def add(self, request_id: str, predicted_s: float, *, now_s: float) -> None:
         """Count a request that was just sent there. Modifies this."""
-        if not self._predicted_s:
-            self._begun_s = now_s
-            self._total_s = 0.0
+        is_first = not self._predicted_s
         self._predicted_s[request_id] = predicted_s
-        self._total_s += predicted_s
+        self._behind_s += predicted_s
+        if is_first:
+            self._begin(now_s)
 
     def finish(self, request_id: str, *, now_s: float) -> bool:
         """Stop counting a request, finished or cancelled; False when it was not counted."""
-        predicted_s = self._predicted_s.get(request_id)
-        if predicted_s is None:
+        if request_id not in self._predicted_s:
             return False
-        if request_id == next(iter(self._predicted_s)):
-            self._begun_s = now_s
-        del self._predicted_s[request_id]
-        self._total_s -= predicted_s
+        is_first = request_id == next(iter(self._predicted_s))
+        predicted_s = self._predicted_s.pop(request_id)
+        if not self._predicted_s:
+            self._behind_s = 0.0
+        elif is_first:
+            self._begin(now_s)
+        else:
+            self._behind_s -= predicted_s
         return True
+
+    def _begin(self, now_s: float) -> None:
+        head_s = next(iter(self._predicted_s.values()))
+        self._due_s = now_s + head_s
+        self._overdue_s = OVERDUE_SHARE * head_s
+        self._behind_s -= head_s
 
     def queue_s(self, now_s: float) -> float:
         """Return the predicted seconds until another request could begin."""
         if not self._predicted_s:
             return 0.0
-        head_s = next(iter(self._predicted_s.values()))
+        left_s = self._due_s - now_s
         # One that takes longer than predicted is still not over.
-        left_s = max(head_s - (now_s - self._begun_s), OVERDUE_SHARE * head_s)
-        return max(self._total_s - head_s, 0.0) + left_s
+        return max(self._behind_s, 0.0) + (left_s if left_s > self._overdue_s else self._overdue_s)
 
 
 class DecodeLoad:

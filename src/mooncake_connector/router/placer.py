@@ -236,7 +236,7 @@ class Placer:
 
     def backlog_s(self, *, now_ns: int) -> tuple[float, ...]:
         """Return for each engine that may prefill the predicted seconds until it could begin another request."""
-        return self._roster.queues_s(now_ns / 1e9)
+        return self._roster.queues_s(now_ns)
 
     def _serving(self, sides: Sides) -> list[Engine]:
         return [engine for each in sides.all if (engine := self.table.get(each.url)) is not None]
@@ -274,6 +274,7 @@ class Placer:
         num_reserved = place.num_prompt_tokens + self.predictor.output_tokens(place.num_output_tokens)
         if (row := self._roster.row(opened.decode_url)) is not None:
             row.decode.add(transfer_id, num_reserved)
+            row.tell_load(now_ns)
         self._remember(opened.decode_url, place)
         return opened
 
@@ -290,6 +291,7 @@ class Placer:
         if start.source_url:
             num_fetched = start.prefix_tokens - start.engine.prefix_tokens
             predictor.links.book(start.source_url, url, num_fetched * predictor.kv_token_bytes, now_s=now_s)
+        self._roster.touch(url, now_ns)
         size_bytes = opened.num_prefill_tokens * predictor.kv_token_bytes
         predictor.links.book(url, opened.decode_url, size_bytes, now_s=now_s)
         self._remember(url, opened.place)
@@ -308,6 +310,7 @@ class Placer:
 
     def _release(self, transfer_id: str, opened: OpenPlacement, leg: Leg, now_ns: int) -> None:
         self._now_ns = max(self._now_ns, now_ns)
+        urls = (opened.prefill_url, opened.decode_url)
         if leg != "decode":
             # A request that runs whole has its prefill where it decodes.
             if (row := self._roster.row(opened.prefill_url or opened.decode_url)) is not None:
@@ -320,6 +323,8 @@ class Placer:
                 row.decode.finish(transfer_id)
             self._discharge(opened.decode_url, num_decode=opened.num_decode_tokens)
             opened.decode_url = ""
+        for url in urls:
+            self._roster.touch(url, now_ns)
 
     def _discharge(self, url: str, *, num_prefill: int = 0, num_decode: int = 0) -> None:
         engine = self.table.get(url)

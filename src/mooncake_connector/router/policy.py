@@ -402,9 +402,10 @@ class Joint:
         ready: tuple[float, Start] | None = None
         later: tuple[float, Start] | None = None
         for engine in (*holders, *placed):
-            is_open = engine.queue_s < demand.open_below_s
+            queue_s = engine.queue_s
+            is_open = queue_s < demand.open_below_s
             best = ready if is_open else later
-            if best is not None and engine.queue_s + floor_s * predictor.factor(engine.url) >= best[0]:
+            if best is not None and queue_s + floor_s * predictor.factor(engine.url) >= best[0]:
                 continue
             start = self._start_on(demand, engine, sources, pay)
             cost_s = start.ready_s + start.prefill_s * pay
@@ -451,11 +452,13 @@ class Joint:
         best, least = candidates[0], (True, math.inf, 0, "")
         for each in candidates:
             needed = each.context_tokens + added
-            is_full = bool(each.capacity_tokens) and needed > each.capacity_tokens
+            is_full = 0 < each.capacity_tokens < needed
+            cost_s = predictor.step_s(each.num_open + 1, needed)
+            if is_full >= least[0] and cost_s > least[1]:
+                continue
             # It is sent while it is computed, so only what outlasts the computation is waited for.
             arrives_s = max(free_s, predictor.links.ingress_wait_s(each.url, now_s=now_s)) + sent_s
-            cost_s = predictor.step_s(each.num_open + 1, needed) + max(arrives_s - ttft_s, 0.0)
-            cost = (is_full, cost_s, each.num_placed, each.url)
+            cost = (is_full, cost_s + max(arrives_s - ttft_s, 0.0), each.num_placed, each.url)
             if cost < least:
                 best, least = each, cost
         return best

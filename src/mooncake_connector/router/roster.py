@@ -28,8 +28,8 @@ class Row:
         self.decode = DecodeLoad()
         self.candidate = Candidate(engine.url, engine.role)
 
-    def tell(self) -> None:
-        """Copy what changes seldom to the candidate."""
+    def tell_role(self) -> None:
+        """Copy to the candidate what changes with the table."""
         engine, candidate = self.engine, self.candidate
         candidate.role = engine.role
         # One that may not be used at all is in no group.
@@ -38,6 +38,18 @@ class Row:
         candidate.capacity_tokens = engine.capacity_tokens
         candidate.kind = engine.kind
         candidate.runs_whole = engine.runs_whole
+
+    def tell_load(self, now_ns: int) -> None:
+        """Copy to the candidate what changes with the work that is out."""
+        engine, candidate = self.engine, self.candidate
+        candidate.queue_s = self.prefill.queue_s(now_ns / 1e9)
+        candidate.context_tokens = self.decode.num_tokens
+        if engine.has_fresh_report(now_ns):  # others use it too
+            candidate.queue_s = max(candidate.queue_s, engine.reported_queue_s)
+            candidate.context_tokens = max(candidate.context_tokens, engine.reported_context_tokens)
+        candidate.num_open = engine.num_open
+        candidate.num_placed = engine.num_placed
+        candidate.outstanding_tokens = engine.outstanding_tokens(now_ns)
 
 
 class Roster:
@@ -52,7 +64,8 @@ class Roster:
         self._rows: dict[str, Row] = {}
         self._sides: dict[str, Sides] = {}
         self._matched: list[Candidate] = []
-        self._prefilling: list[Row] = []
+        self._prefilling: list[Candidate] = []
+        self._told_ns = 0
         self.num_decoding = 0
         self.decode_tokens = 0
 
@@ -87,17 +100,7 @@ class Roster:
             now_ns: monotonic time.
         """
         self.catch_up()
-        now_s = now_ns / 1e9
-        for row in self._rows.values():
-            engine, candidate = row.engine, row.candidate
-            candidate.queue_s = row.prefill.queue_s(now_s) if row.prefill.is_busy else 0.0
-            candidate.context_tokens = row.decode.num_tokens
-            if engine.has_fresh_report(now_ns):  # others use it too
-                candidate.queue_s = max(candidate.queue_s, engine.reported_queue_s)
-                candidate.context_tokens = max(candidate.context_tokens, engine.reported_context_tokens)
-            candidate.num_open = engine.num_open
-            candidate.num_placed = engine.num_placed
-            candidate.outstanding_tokens = engine.outstanding_tokens(now_ns)
+        self._pass_time(now_ns)
         for candidate in self._matched:
             candidate.num_prefix_chunks = candidate.prefix_tokens = 0
         self._matched = []
@@ -107,10 +110,27 @@ class Roster:
                 known.candidate.prefix_tokens = min(int(num_chunks * chunk_tokens), num_prompt_tokens)
                 self._matched.append(known.candidate)
 
-    def queues_s(self, now_s: float) -> tuple[float, ...]:
+    def touch(self, url: str, now_ns: int) -> None:
+        """Notice that an engine was given work, or finished some."""
+        row = self.row(url)
+        if row is not None:
+            row.tell_load(now_ns)
+
+    def queues_s(self, now_ns: int) -> tuple[float, ...]:
         """Return for each engine that may prefill the predicted seconds until it could begin another request."""
         self.catch_up()
-        return tuple([each.prefill.queue_s(now_s) if each.prefill.is_busy else 0.0 for each in self._prefilling])
+        self._pass_time(now_ns)
+        return tuple([each.queue_s for each in self._prefilling])
+
+    def _pass_time(self, now_ns: int) -> None:
+        if now_ns == self._told_ns:
+            return
+        self._told_ns, now_s = now_ns, now_ns / 1e9
+        for row in self._rows.values():
+            if row.engine.reported_at_ns:
+                row.tell_load(now_ns)
+            elif row.candidate.queue_s:
+                row.candidate.queue_s = row.prefill.queue_s(now_s)
 
     def catch_up(self) -> None:
         """Notice what changed in the table; the other methods do that themselves."""
@@ -123,11 +143,12 @@ class Roster:
             known = self._rows.get(engine.url)
             # One that was removed and registered anew starts from nothing.
             row = rows[engine.url] = known if known is not None and known.engine is engine else Row(engine)
-            row.tell()
+            row.tell_role()
+            row.tell_load(self._told_ns)
         self._rows = rows
         self._sides = {}
         usable = [each for each in rows.values() if each.engine.is_usable]
-        self._prefilling = [each for each in usable if each.engine.role != "decode"]
+        self._prefilling = [each.candidate for each in usable if each.engine.role != "decode"]
         sizes = [each.engine.capacity_tokens for each in usable if each.engine.role != "prefill"]
         self.num_decoding = len(sizes)
         self.decode_tokens = sum(sizes) if all(sizes) else 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import Literal, NamedTuple
 
-from mooncake_connector.router.admission import AdmissionQueue, Hints, Outlook, Rejected, Waiting
+from mooncake_connector.router.admission import REPLAN_S, AdmissionQueue, Hints, Outlook, Rejected, Waiting
 from mooncake_connector.router.messages import Place, Placed, Refused
 from mooncake_connector.router.placer import Placer
 from mooncake_connector.router.policy import Choice
@@ -20,7 +20,6 @@ DISPATCH_BELOW_S = 0.5
 TRIES_MAX = 8
 POLL_S = 0.5
 POLL_MIN_S = 0.01
-PLAN_S = 0.1
 MEAN_RATE = 0.01
 
 
@@ -75,10 +74,12 @@ class Scheduler:
         self._is_rejecting = is_rejecting
         self._dispatch_below_s = dispatch_below_s
         self._submissions: dict[str, Submission] = {}
-        self._is_changed = False
         self._mean_tokens = 8192.0
-        self._planned_s = 0.0
         self._wake_s = 0.0
+
+    def reconfigure(self, *, mode: Mode, is_rejecting: bool, dispatch_below_s: float) -> None:
+        """Go on with other settings; what waits is dispatched by them."""
+        self._mode, self._is_rejecting, self._dispatch_below_s = mode, is_rejecting, dispatch_below_s
 
     def submit(self, submission: Submission, *, now_s: float) -> list[Action]:
         """Take in a request and return what is to be done now, for this and for other requests."""
@@ -110,7 +111,6 @@ class Scheduler:
         if self._is_open_for(choice, taken, place):
             return [self._dispatch(submission, choice, now_s)]
         self._submissions[place.request_id] = submission
-        self._is_changed = True
         return self._poll(now_s, outlook, (place.request_id, choice))
 
     def _propose(
@@ -142,8 +142,7 @@ class Scheduler:
     def _poll(self, now_s: float, outlook: Outlook, known: tuple[str, Choice] | None = None) -> list[Action]:
         """Drop and dispatch; ``known`` is what the placer has just proposed, and for which request."""
         actions: list[Action] = []
-        if self._is_rejecting and (self._is_changed or now_s >= self._planned_s + PLAN_S):
-            self._planned_s, self._is_changed = now_s, False
+        if self._is_rejecting and self.queue.is_plan_due(now_s):
             for rejected in self.queue.drop_infeasible(outlook):
                 del self._submissions[rejected.request_id]
                 actions.append(rejected)
@@ -156,7 +155,7 @@ class Scheduler:
             outlook = self._outlook(now_s)
         below_s = self._dispatch_below_s
         opening_s = min((each - below_s for each in outlook.queues_s if each >= below_s), default=POLL_S)
-        self._wake_s = now_s + min(max(opening_s, POLL_MIN_S), POLL_S)
+        self._wake_s = now_s + min(max(opening_s, POLL_MIN_S), REPLAN_S if self.queue.is_changed else POLL_S)
         return actions
 
     @property
@@ -185,7 +184,7 @@ class Scheduler:
     def _dispatch_next(self, outlook: Outlook, known: tuple[str, Choice] | None = None) -> Dispatched | Refused | None:
         now_ns = int(outlook.now_s * 1e9)
         backlog_s = self._backlog_s(outlook)
-        for waiting in self.queue.order(outlook)[:TRIES_MAX]:
+        for waiting in self.queue.order(outlook, TRIES_MAX):
             submission = self._submissions[waiting.request_id]
             choice: Choice | Refused
             if known is not None and known[0] == waiting.request_id:
