@@ -58,6 +58,7 @@ class StoreClient:
     Args:
         config: settings.
         kind: what to announce ourselves as: ``engine`` or ``store``.
+        about: what to tell others of our kind in the announcement.
         directory: where blocks are; None opens what ``config`` names. A given one must not have joined yet and is left
             for the caller to close.
         media: how bytes move; None opens what ``config`` allows. A given one is left for the caller to close.
@@ -70,8 +71,8 @@ class StoreClient:
         PeerUnreachable: ``config.host`` cannot be bound.
     """
 
-    def __init__(self, config: StoreConfig, *, kind: str = "engine", directory: Directory | None = None,
-                 media: Media | None = None, metrics: Metrics | None = None,
+    def __init__(self, config: StoreConfig, *, kind: str = "engine", about: str = "",
+                 directory: Directory | None = None, media: Media | None = None, metrics: Metrics | None = None,
                  on_offer: Callable[[Offer], OfferAnswer] | None = None) -> None:
         self.config = config
         self.kind = kind
@@ -103,7 +104,7 @@ class StoreClient:
             self._server.start()
             self._replicator.start()
             self.directory.join(Member(self.node_id, kind, own.control, host, os.getpid(), self._segment.size_bytes,
-                                       __version__))
+                                       __version__, about))
         except BaseException:
             self.close()
             raise

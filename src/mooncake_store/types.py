@@ -75,6 +75,7 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
         pid: process id inside ``host.pid_namespace``.
         capacity_bytes: size of its segment; 0 when it only reads.
         version: package version, for ``mooncake status``.
+        about: what the process tells others like it; the store only carries it.
     """
 
     node_id: NodeId
@@ -84,3 +85,4 @@ class Member(msgspec.Struct, frozen=True, array_like=True):
     pid: Pid
     capacity_bytes: Uint63
     version: Name
+    about: Annotated[str, msgspec.Meta(max_length=1024)] = ""

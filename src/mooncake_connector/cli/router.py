@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import re
+from pathlib import Path
 from typing import Any
 
 from mooncake_connector.cli.errors import EXIT_OK, UsageError, port_number
 from mooncake_connector.router.app import serve
 from mooncake_connector.router.config import RouterConfig
 from mooncake_connector.router.messages import URL_MAX_CHARS
+from mooncake_connector.router.policy import POLICIES
 from mooncake_store.config import load_config
 
 _URL = re.compile(r"https?://[^\s/]+")
 _OPTIONS = (
-    "prefill", "decode", "engine", "host", "port", "placement", "min_split_tokens", "first_byte_timeout_s",
-    "total_timeout_s", "drain_timeout_s",
+    "prefill", "decode", "engine", "directory", "cell", "policy", "host", "port", "placement", "min_split_tokens",
+    "first_byte_timeout_s", "total_timeout_s", "drain_timeout_s",
 )  # fmt: skip
 
 _EXAMPLES = """\
@@ -26,8 +28,12 @@ examples:
   two of each, open to the network:
     mooncake router --prefill http://10.0.0.1:8100 http://10.0.0.2:8100 \\
                     --decode http://10.0.0.3:8200 http://10.0.0.4:8200 --host 0.0.0.0
-  engines that do both, and everything else from a file:
+  engines that announce themselves in etcd, found there as they come and go:
+    mooncake router --directory etcd://127.0.0.1:2379
+  engines that do both, and everything else from a file, which may be changed while the router runs:
     mooncake router --engine http://10.0.0.1:8100 http://10.0.0.2:8100 --config router.toml
+  SGLang servers, alone or beside vLLM's; each tells whether it prefills, decodes or does both:
+    mooncake router --engine http://10.0.0.1:30000 http://10.0.0.2:30000
 
 GET /ready tells when an engine can be used; GET /metrics is for Prometheus. Options left out come from the file,
 then from defaults; docs/reference/http.md lists every setting.
@@ -51,12 +57,17 @@ def add_parser(subparsers: Any) -> None:
         ("engine", "engines that may do both"),
     ):
         engines.add_argument(f"--{name}", type=_url, nargs="+", action="extend", metavar="URL", help=text)
+    engines.add_argument("--directory", metavar="ADDRESS",
+                         help="etcd://host:port[,host:port] where engines announce themselves")
+    engines.add_argument("--cell", metavar="NAME", help="name of their cell there (default: default)")
     listen = parser.add_argument_group("where to listen")
     listen.add_argument("--host", metavar="ADDRESS", help="for clients (default: 127.0.0.1)")
     listen.add_argument("--port", type=port_number, metavar="N", help="for clients, 0 for any free one (default: 8000)")
     listen.add_argument("--placement", metavar="ADDRESS",
                         help="ZeroMQ address for gateways of your own, '' for none (default: tcp://127.0.0.1:8001)")
     behaviour = parser.add_argument_group("behaviour")
+    behaviour.add_argument("--policy", choices=POLICIES, metavar="NAME",
+                           help=f"how engines are chosen: {', '.join(POLICIES)} (default: joint)")
     behaviour.add_argument("--min-split-tokens", type=_count, metavar="N",
                            help="run shorter prompts whole on one engine (default: 0, always split)")
     behaviour.add_argument("--first-byte-timeout", dest="first_byte_timeout_s", type=_seconds, metavar="SECONDS",
@@ -66,7 +77,7 @@ def add_parser(subparsers: Any) -> None:
     behaviour.add_argument("--drain-timeout", dest="drain_timeout_s", type=_seconds, metavar="SECONDS",
                            help="how long running requests may go on after SIGTERM or Ctrl-C (default: 30)")
     behaviour.add_argument("--config", dest="router_config_file", metavar="FILE",
-                           help="JSON or TOML file with any of the settings")
+                           help="JSON or TOML file with any of the settings; followed while the router runs")
     parser.set_defaults(run=run)
 
 
@@ -78,15 +89,11 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: a setting or an address cannot be used.
     """
     config = load_router_config(args)
-    urls = [*config.prefill, *config.decode, *config.engine]
-    if not urls:
+    if not (config.engines() or config.directory):
         raise UsageError("no engine is given", where="mooncake router",
-                         hint="name at least one: --prefill URL --decode URL, or --engine URL")
-    twice = next((url for url in urls if urls.count(url) > 1), "")
-    if twice:
-        raise UsageError(f"{twice} is given twice", where="mooncake router",
-                         hint="name each engine once; use --engine for one that does both")
-    asyncio.run(serve(config))
+                         hint="name at least one: --prefill URL --decode URL, --engine URL, or --directory ADDRESS")
+    file = Path(args.router_config_file) if args.router_config_file else None
+    asyncio.run(serve(config, file=file, load=lambda: load_router_config(args)))
     return EXIT_OK
 
 

@@ -7,22 +7,28 @@ import importlib
 import logging
 import signal
 import uuid
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
 
 from aiohttp import web
 
 from mooncake_connector.router.admission import AdmissionQueue, Rule
-from mooncake_connector.router.config import RouterConfig
+from mooncake_connector.router.config import RESTART_ONLY, RouterConfig
 from mooncake_connector.router.desk import PlacementDesk
+from mooncake_connector.router.discovery import Discovery, open_cell
 from mooncake_connector.router.dispatcher import Dispatcher
 from mooncake_connector.router.engines import EngineTable
 from mooncake_connector.router.gateway import Gateway
 from mooncake_connector.router.legs import Legs
 from mooncake_connector.router.lessons import Lessons
+from mooncake_connector.router.messages import Role
 from mooncake_connector.router.metrics import ROUTER_METRICS
 from mooncake_connector.router.placer import Placer
 from mooncake_connector.router.policy import make_policy
 from mooncake_connector.router.predictor import Predictor
 from mooncake_connector.router.prefix_index import PrefixIndex
+from mooncake_connector.router.reload import ConfigFile
 from mooncake_connector.router.scheduler import Scheduler
 from mooncake_connector.router.service import PlacementService
 from mooncake_connector.router.watch import EngineWatch
@@ -60,9 +66,10 @@ class RouterApp:
             metrics=self.metrics,
         )
         self.service: PlacementService | None = None
+        self.discovery: Discovery | None = None
         self.url = ""
         self._runner: web.AppRunner | None = None
-        self._service_task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Listen and begin to watch the configured engines; returns without waiting for any of them.
@@ -75,13 +82,10 @@ class RouterApp:
         except ConfigError:
             await self.stop(drain_timeout_s=0)
             raise
-        for role, urls in (
-            ("prefill", self.config.prefill),
-            ("decode", self.config.decode),
-            ("both", self.config.engine),
-        ):
-            for url in urls:
-                self.watch.add(url, role)  # type: ignore[arg-type]
+        for url, role in self.config.engines().items():
+            self.watch.add(url, role)
+        if self.discovery is not None:
+            self._run(self.discovery.follow(), "discovery")
         placement = f", placement at {self.service.address}" if self.service else ""
         log.info("router listens at %s%s; %d engines given", self.url, placement, len(self.placer.table))
 
@@ -94,10 +98,13 @@ class RouterApp:
                 log.warning("%d requests are cut off", self.gateway.num_open)
             await self._runner.cleanup()
             self._runner = None
-        if self._service_task is not None:
-            self._service_task.cancel()
-            await asyncio.gather(self._service_task, return_exceptions=True)
-            self._service_task = None
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self.discovery is not None:
+            await asyncio.to_thread(self.discovery.close)
+            self.discovery = None
         if self.service is not None:
             self.service.close()
             self.service = None
@@ -105,13 +112,59 @@ class RouterApp:
         await self.watch.close()
         await self._legs.close()
 
+    def reconfigure(self, config: RouterConfig) -> None:
+        """Go on with other settings; requests under way end by the old ones.
+
+        Raises:
+            ConfigError: a setting that needs a restart changed, or they do not fit together; nothing changes then.
+        """
+        changed = [name for name in RESTART_ONLY if getattr(config, name) != getattr(self.config, name)]
+        if changed:
+            raise ConfigError(f"changing {', '.join(changed)} needs a restart of the router", where=changed[0])
+        check_config(config)
+        rule = find_rule(config.admission_rule)
+        before, self.config = self.config, config
+        scheduler = self.dispatcher.scheduler
+        scheduler.queue.reconfigure(config.service_classes(), rule)
+        scheduler.reconfigure(
+            mode=config.holding, is_rejecting=bool(config.classes), dispatch_below_s=config.hold_above_s
+        )
+        if config.policy != before.policy:
+            self.placer.policy = make_policy(config.policy, self.placer.predictor)
+        self._legs.reconfigure(config)
+        self.watch.reconfigure(config)
+        self.gateway.reconfigure(config)
+        self._use_engines(before.engines(), config.engines())
+        self.dispatcher.poke()
+
+    def _use_engines(self, before: dict[str, Role], now: dict[str, Role]) -> None:
+        if self.discovery is not None:
+            self.discovery.keep(now)
+        for url in before:
+            if url not in now:
+                self.watch.remove(url)
+        for url, role in now.items():
+            if before.get(url) != role:
+                self.watch.add(url, role)
+
+    def follow(self, file: ConfigFile) -> None:
+        """Use what the file says, whenever it changes; until stopped."""
+        self._run(file.follow(), "config file")
+
+    def _run(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        task = asyncio.create_task(work, name=name)
+        task.add_done_callback(_log_death)
+        self._tasks.append(task)
+
     async def _listen(self) -> None:
         config = self.config
+        if config.directory:
+            directory = await open_cell(config, Metrics())
+            self.discovery = Discovery(self.watch, directory, kept=config.engines())
         if config.placement:
             desk = PlacementDesk(self.watch, new_transfer_id=lambda: uuid.uuid4().hex)
             self.service = PlacementService(config.placement, desk=desk, placer=self.placer, metrics=self.metrics)
-            self._service_task = asyncio.create_task(self.service.run(), name="placement service")
-            self._service_task.add_done_callback(_log_death)
+            self._run(self.service.run(), "placement service")
         self._runner = web.AppRunner(
             self.gateway.application(),
             handler_cancellation=True,
@@ -182,12 +235,27 @@ def find_rule(name: str) -> Rule | None:
     return rule  # type: ignore[no-any-return]
 
 
-async def serve(config: RouterConfig) -> None:
+def check_config(config: RouterConfig) -> None:
+    """Raise ConfigError when settings do not fit together."""
+    problem = config.problem()
+    if problem:
+        raise ConfigError(problem, where="mooncake router", hint="see docs/reference/http.md")
+
+
+async def serve(
+    config: RouterConfig, *, file: Path | None = None, load: Callable[[], RouterConfig] | None = None
+) -> None:
     """Run a router until SIGTERM or Ctrl-C; a second signal does not wait for running requests.
+
+    Args:
+        config: settings to begin with.
+        file: is followed, and read again at once on SIGHUP.
+        load: reads it.
 
     Raises:
         ConfigError: when an address cannot be used.
     """
+    check_config(config)
     app = RouterApp(config)
     await app.start()
     loop = asyncio.get_running_loop()
@@ -197,22 +265,27 @@ async def serve(config: RouterConfig) -> None:
     def on_signal() -> None:
         (hurried if asked.is_set() else asked).set()
 
-    for each in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(each, on_signal)
+    handlers: dict[signal.Signals, Callable[[], object]] = {signal.SIGTERM: on_signal, signal.SIGINT: on_signal}
+    if file is not None and load is not None:
+        followed = ConfigFile(file, load=load, use=app.reconfigure, metrics=app.metrics)
+        app.follow(followed)
+        handlers[signal.SIGHUP] = followed.reload
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
     try:
         await asked.wait()
         log.info("stopping; a second signal does not wait for running requests")
-        stopping = asyncio.create_task(app.gateway.drain(config.drain_timeout_s))
+        stopping = asyncio.create_task(app.gateway.drain(app.config.drain_timeout_s))
         hurry = asyncio.create_task(hurried.wait())
         await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         hurry.cancel()
     finally:
         await app.stop(drain_timeout_s=0)
-        for each in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(each)
+        for number in handlers:
+            loop.remove_signal_handler(number)
 
 
 def _log_death(task: asyncio.Task[None]) -> None:
     if not task.cancelled() and task.exception() is not None:
-        log.error("the placement service ended; restart the router", exc_info=task.exception())
+        log.error("%s ended; restart the router", task.get_name(), exc_info=task.exception())

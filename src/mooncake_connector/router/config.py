@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from mooncake_connector.router.admission import ServiceClass
-from mooncake_connector.router.messages import Url
+from mooncake_connector.router.messages import Role, Url
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
@@ -20,6 +20,11 @@ PolicyName = Literal["joint", "mooncake_paper", "prefix", "least_loaded", "least
 Key = Annotated[str, msgspec.Meta(min_length=8, max_length=512)]
 ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
+RESTART_ONLY = (
+    "host", "port", "placement", "directory", "cell", "kv_token_bytes", "link_bytes_per_s", "has_pool",
+    "connect_timeout_s", "placement_ttl_s", "body_max_bytes", "connections_max",
+)  # fmt: skip
+"""Settings that a running router cannot change."""
 DEFAULT_CLASS = "default"
 NO_PROMISE_S = 86_400.0
 ORDER_TTFT_S = 30.0
@@ -46,6 +51,9 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         engine: base URLs of the engines that may do both.
         host: address where clients connect.
         port: port where clients connect; 0 takes a free one.
+        directory: etcd://host:port[,host:port] where engines announce themselves, see docs/reference/http.md; empty =
+            only those given here.
+        cell: name of the engines' cell in it.
         placement: ZeroMQ address of the placement service; empty turns it off. Whoever reaches it can add engines.
         draining: engines that get no new requests; those that run there go on.
         policy: how engines are chosen: joint, mooncake_paper, prefix, least_loaded, least_work, round_robin or random.
@@ -73,6 +81,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
             healthy decode engine shows nothing until the last one.
         health_interval_s: how often each engine is checked.
         health_timeout_s: how long an engine may take to answer a check.
+        breaker_failures: requests that fail in a row on an engine before it is left alone.
+        breaker_hold_s: for how long, the first time; twice as long each time it fails again.
         introduction_timeout_s: longest wait for the one-token request that asks an engine who it is.
         startup_wait_s: how long the first requests wait until every engine was asked once.
         drain_timeout_s: how long running requests may go on after SIGTERM.
@@ -87,6 +97,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     engine: tuple[Url, ...] = ()
     host: str = "127.0.0.1"
     port: Port = 8000
+    directory: Annotated[str, msgspec.Meta(pattern=r"^(etcd://\S+|memory)?$")] = ""
+    cell: str = "default"
     placement: str = "tcp://127.0.0.1:8001"
     draining: tuple[Url, ...] = ()
     policy: PolicyName = "joint"
@@ -109,6 +121,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     decode_token_s: Seconds = 0.1
     health_interval_s: Seconds = 2.0
     health_timeout_s: Seconds = 5.0
+    breaker_failures: Count = 5
+    breaker_hold_s: Seconds = 2.0
     introduction_timeout_s: Seconds = 60.0
     startup_wait_s: Seconds = 10.0
     drain_timeout_s: Seconds = 30.0
@@ -124,6 +138,14 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ttft_s = NO_PROMISE_S if promised else ORDER_TTFT_S
         fallback = promised.get(DEFAULT_CLASS) or ServiceClass(ttft_s=ttft_s, tbt_s=NO_PROMISE_S)
         return {**promised, "": fallback}
+
+    def engines(self) -> dict[str, Role]:
+        """Return url -> role of the engines given by hand."""
+        return {
+            **dict.fromkeys(self.prefill, "prefill"),
+            **dict.fromkeys(self.decode, "decode"),
+            **dict.fromkeys(self.engine, "both"),
+        }
 
     def problem(self) -> str:
         """Return what is wrong with the settings together; empty when nothing is."""

@@ -10,7 +10,7 @@ to introduce itself anew, because what answers next may be another process. A *d
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -106,6 +106,7 @@ class Engine(msgspec.Struct):
         reported_tokens, reported_at_ns: what the engine itself reported last, and when (monotonic).
         reported_queue_s, reported_context_tokens: what that means for a prefill there, and for decoding.
         capacity_tokens: KV memory for running requests; 0 when unknown.
+        is_draining: it gets nothing new, whatever its state.
     """
 
     url: str
@@ -121,6 +122,7 @@ class Engine(msgspec.Struct):
     reported_queue_s: float = 0.0
     reported_context_tokens: int = 0
     capacity_tokens: int = 0
+    is_draining: bool = False
 
     def outstanding_tokens(self, now_ns: int) -> int:
         """Return its unfinished work: ours, or its own fresh report when that is more (others use it too)."""
@@ -134,7 +136,7 @@ class Engine(msgspec.Struct):
     @property
     def is_usable(self) -> bool:
         """Tell whether a request may be sent to it at all."""
-        return self.introduction is not None and self.state in PREFERENCE
+        return self.introduction is not None and self.state in PREFERENCE and not self.is_draining
 
     @property
     def has_connector(self) -> bool:
@@ -204,6 +206,12 @@ class EngineTable:
         """Forget an engine; False when it is not known."""
         self.version += 1
         return self._engines.pop(url, None) is not None
+
+    def drain(self, urls: Collection[str]) -> None:
+        """Give these engines nothing new, and all others something again."""
+        for engine in self._engines.values():
+            engine.is_draining = engine.url in urls
+        self.version += 1
 
     def observe(self, url: str, event: EngineEvent) -> Transition | None:
         """Apply what was seen; None when the engine is not known (any more).

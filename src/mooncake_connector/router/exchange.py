@@ -332,6 +332,7 @@ class Exchange:
         if isinstance(outcome, PrefillDone):
             self._metrics.add("mooncake_router_legs_total", leg="prefill", result="ok")
             self._metrics.observe("mooncake_router_prefill_seconds", outcome.duration_s)
+            self._services.watch.note_success(leg.url)
             self._services.watch.note_prefill_answer(outcome)
             self._learn_prefill(outcome)
         elif isinstance(outcome, LegFailure):
@@ -425,6 +426,7 @@ class Exchange:
             opened.close()
 
     def _learn_pace(self, decode_url: str, passed: Passed) -> None:
+        self._services.watch.note_success(decode_url)
         self._metrics.add("mooncake_router_output_tokens_total", passed.num_events)
         if passed.num_events < 2 or passed.blocked_s > CLIENT_SLOW_SHARE * passed.took_s:
             return
@@ -451,6 +453,8 @@ class Exchange:
 
     def _learn_whole(self, answer: WholeAnswer) -> None:
         usage = read_usage(answer.body)
+        if self._placed is not None and answer.status < 400:
+            self._services.watch.note_success(self._placed.decode_url)
         if usage.completion_tokens:
             self._metrics.add("mooncake_router_output_tokens_total", usage.completion_tokens)
             self._services.dispatcher.lessons.answer_ended(usage.completion_tokens)

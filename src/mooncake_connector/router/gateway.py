@@ -22,7 +22,7 @@ from mooncake_connector.router.bodies import CHAT, COMPLETIONS, Ask, Route, read
 from mooncake_connector.router.callers import Caller, find_tenant, read_caller
 from mooncake_connector.router.config import RouterConfig
 from mooncake_connector.router.dispatcher import Dispatcher
-from mooncake_connector.router.engines import EngineState
+from mooncake_connector.router.engines import Engine, EngineState
 from mooncake_connector.router.exchange import RETRY_AFTER_S, Exchange, Services
 from mooncake_connector.router.legs import JSON, Legs
 from mooncake_connector.router.prefix_index import PrefixIndex
@@ -78,24 +78,29 @@ class Gateway:
         index: PrefixIndex,
         metrics: Metrics,
     ) -> None:
-        self._config = config
         self._watch = watch
         self._dispatcher = dispatcher
         self._index = index
         self._metrics = metrics
-        self._services = Services(
-            watch=watch,
-            legs=legs,
-            dispatcher=dispatcher,
-            metrics=metrics,
-            patience=Patience(config.decode_recovery_s, config.refused_grace_s, config.decode_token_s),
-            total_timeout_s=config.total_timeout_s,
-            new_transfer_id=lambda: uuid.uuid4().hex,
-        )
+        self._legs = legs
+        self.reconfigure(config)
         self._num_open = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
+
+    def reconfigure(self, config: RouterConfig) -> None:
+        """Serve new requests by other settings; those under way keep theirs."""
+        self._config = config
+        self._services = Services(
+            watch=self._watch,
+            legs=self._legs,
+            dispatcher=self._dispatcher,
+            metrics=self._metrics,
+            patience=Patience(config.decode_recovery_s, config.refused_grace_s, config.decode_token_s),
+            total_timeout_s=config.total_timeout_s,
+            new_transfer_id=lambda: uuid.uuid4().hex,
+        )
 
     @property
     def num_open(self) -> int:
@@ -227,7 +232,7 @@ class Gateway:
         return web.Response()
 
     async def _ready(self, _request: web.Request) -> web.Response:
-        engines = {each.url: each.state.value for each in self._watch.placer.table}
+        engines = {each.url: _state_of(each) for each in self._watch.placer.table}
         is_ready = not self._is_draining and any(each.is_usable for each in self._watch.placer.table)
         status = "ready" if is_ready else "draining" if self._is_draining else "no engine is up"
         body = msgspec.json.encode(_Readiness(status, engines))
@@ -287,3 +292,9 @@ async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamR
 def _request_id(request: web.Request) -> str:
     given = request.headers.get("X-Request-Id", "")
     return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _state_of(engine: Engine) -> str:
+    if not engine.is_draining:
+        return engine.state.value
+    return f"draining, {engine.num_open} open" if engine.num_open else "drained"

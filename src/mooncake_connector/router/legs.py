@@ -136,6 +136,10 @@ class Legs:
         # Tracing tells when a request has left; it costs some microseconds, so only the prefill leg has it.
         self._prefill_session = self._session([tracing])
 
+    def reconfigure(self, config: RouterConfig) -> None:
+        """Use other timeouts for what is sent from now on; that of connecting stays."""
+        self._config = config
+
     async def close(self) -> None:
         """Close every connection."""
         await self._decode_session.close()

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import aiohttp
 import msgspec
 
+from mooncake_connector.router.breaker import Breaker
 from mooncake_connector.router.config import RouterConfig
 from mooncake_connector.router.dialects.base import Dialect
 from mooncake_connector.router.dialects.select import DEFAULT, DIALECTS, recognise
@@ -69,8 +70,16 @@ class EngineWatch:
         self._wake: dict[str, asyncio.Event] = {}
         self._cards: dict[str, dict[str, bytes]] = {}
         self._first_rounds: set[str] = set()
+        self._breakers: dict[str, Breaker] = {}
         self._settled = asyncio.Event()
+        self._headers: dict[str, str] = {}
+        self.reconfigure(config)
+
+    def reconfigure(self, config: RouterConfig) -> None:
+        """Use other intervals, limits and engines' key from now on, and drain what it says."""
+        self._config = config
         self._headers = {"Authorization": f"Bearer {config.engine_api_key}"} if config.engine_api_key else {}
+        self.placer.table.drain(config.draining)
 
     def add(self, url: str, role: Role) -> Engine:
         """Start to watch an engine; a known one takes the new role.
@@ -79,6 +88,7 @@ class EngineWatch:
             CapacityExceeded: when the engine table is full.
         """
         engine = self.placer.table.add(url, role)
+        engine.is_draining = url in self._config.draining
         if url not in self._tasks:
             self._wake[url] = asyncio.Event()
             if not self._settled.is_set():
@@ -93,6 +103,7 @@ class EngineWatch:
             task.cancel()
         self._wake.pop(url, None)
         self._cards.pop(url, None)
+        self._breakers.pop(url, None)
         return self.placer.remove(url)
 
     async def wait_settled(self, timeout_s: float) -> None:
@@ -117,8 +128,26 @@ class EngineWatch:
         """A leg to this engine failed: it is suspect until it introduces itself anew, which is asked for at once."""
         self._observe(url, EngineEvent.FAILED, message)
         wake = self._wake.get(url)
-        if wake is not None:
-            wake.set()
+        if wake is None:
+            return  # not watched any more
+        wake.set()
+        breaker = self._breakers.get(url)
+        if breaker is None:
+            config = self._config
+            breaker = self._breakers[url] = Breaker(failures_max=config.breaker_failures, hold_s=config.breaker_hold_s)
+        if breaker.fail(asyncio.get_running_loop().time()):
+            self._metrics.add("mooncake_router_breaker_opened_total")
+            log.warning("engine %s failed %d requests in a row; it is left alone for a while",
+                        url, self._config.breaker_failures)  # fmt: skip
+
+    def note_success(self, url: str) -> None:
+        """A leg to this engine went well."""
+        if self._breakers:
+            self._breakers.pop(url, None)
+
+    def _is_left_alone(self, url: str) -> bool:
+        breaker = self._breakers.get(url)
+        return breaker is not None and breaker.is_open(asyncio.get_running_loop().time())
 
     def note_prefill_answer(self, done: PrefillDone) -> None:
         """A prefill leg told who answered it; another id than the one we know means another process."""
@@ -184,6 +213,8 @@ class EngineWatch:
         self._cards[engine.url] = checked.cards
         models = tuple(checked.cards)
         if engine.state in (EngineState.UNKNOWN, EngineState.SUSPECT, EngineState.DOWN):
+            if self._is_left_alone(engine.url):
+                return
             introduction = await self._ask_introduction(engine, models, checked.dialect)
             if introduction is None:
                 return

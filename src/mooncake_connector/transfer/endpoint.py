@@ -44,7 +44,7 @@ class WorkerEndpoint:
             config = msgspec.structs.replace(config, directory="off", segment_bytes=0)
         seconds = sum(populate(cache.address + span.offset, span.length) for span in cache.mapped)
         logger.info("populated %d MiB of KV cache in %.2f s", sum(s.length for s in cache.mapped) >> 20, seconds)
-        self.client = StoreClient(config, kind="engine", metrics=self._metrics)
+        self.client = StoreClient(config, kind="engine", about=config.about, metrics=self._metrics)
         media = self.client.media
         self._lock = threading.Lock()
         self._holds = Holds()
