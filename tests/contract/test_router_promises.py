@@ -16,14 +16,15 @@ from unit.router.cell import TEXT, Cell, eventually, running_cell
 KEY = "a-long-key-of-acme"
 
 
-async def teach(cell: Cell, *, prefill_s: float, num_rounds: int = 15) -> None:
+async def teach(cell: Cell, *, prefill_s: float, num_rounds: int = 15, tenant: str = "") -> None:
     """Let the router see how slow its prefill engines are."""
     for each in cell.prefills:
         each.set(prefill_s=prefill_s, is_serial=True)
     for each in cell.decodes:
         each.set(needs_prefill=cell.prefill.prefilled if len(cell.prefills) == 1 else None)
     for number in range(num_rounds):
-        assert (await cell.ask(prompt=f"teach {number} {TEXT}"))[0] == 200
+        headers = {"x-mooncake-tenant": tenant}
+        assert (await cell.ask(prompt=f"teach {number} {TEXT}", headers=headers))[0] == 200
 
 
 def held(cell: Cell) -> int:
@@ -165,7 +166,7 @@ async def test_a_class_that_does_not_exist_is_a_bad_request() -> None:
 
 async def test_a_tenant_that_asks_for_more_than_its_share_waits_for_the_other() -> None:
     async with running_cell(hold_above_s=0.02) as cell:
-        await teach(cell, prefill_s=0.1)
+        await teach(cell, prefill_s=0.1, tenant="greedy")
 
         async def ask(tenant: str, number: int) -> None:
             await cell.ask(prompt=f"{tenant} {number} {TEXT}", headers={"x-mooncake-tenant": tenant})
