@@ -95,10 +95,10 @@ def assert_at_rest(status: dict[str, float]) -> None:
     assert status["mooncake_segment_used_bytes"] == status["mooncake_segment_blocks"] * occupied
 
 
-def flip_byte(client: StoreClient, number: int) -> None:
+def flip_byte(client: StoreClient, number: int, *, offset: int = BLOCK_BYTES // 2) -> None:
     """Damage a block in its owner's memory."""
     (block,) = client._segment.pin([key_of(number)])
-    address = client._segment.address_of(block) + BLOCK_BYTES // 2
+    address = client._segment.address_of(block) + offset
     value = ctypes.string_at(address, 1)[0]
     ctypes.memset(address, value ^ 0xFF, 1)
     client._segment.unpin([block])

@@ -7,6 +7,7 @@ import random
 import socket
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,12 +32,14 @@ from mooncake_store.errors import LocalProtocolError, PeerUnreachable, RemotePro
 from mooncake_store.metrics import Metrics
 from mooncake_store.node import StoreNode
 from mooncake_store.pull import wire
+from mooncake_store.pull.base import Scatter
 from mooncake_store.pull.control import query_status
 from mooncake_store.transport.faults import FaultPlan, FaultyTransport
 from mooncake_store.transport.media import Media
 from mooncake_store.transport.shm import ShmTransport
 from mooncake_store.types import HostIdentity
 
+CERTIFICATES = Path(__file__).parent / "certificates"
 ROOM_FOR = 16
 SEGMENT_BYTES = ROOM_FOR * BLOCK_BYTES
 
@@ -146,6 +149,59 @@ def test_a_corrupt_block_is_never_delivered_and_its_owner_drops_it(cell):
     assert owner.status()["mooncake_segment_dropped_total"] == 1
     assert reader.status()['mooncake_pull_blocks_total{result="corrupt"}'] == 1
     assert put(owner, [1]) == [True] and results(get(reader, [1])) == ["ok"], "put again, it is good again"
+
+
+def small_get(client, number, size_bytes=4096):
+    """Get one block into two pieces; return the outcome, and whether its bytes are right."""
+    memory = np.zeros(2 * size_bytes, np.uint8)
+    address, half = memory.ctypes.data, size_bytes // 2 - 3
+    pieces = Scatter(np.array([address, address + size_bytes], np.uint64),
+                     np.array([half, size_bytes - half], np.uint64))
+    (outcome,) = client.get([key_of(number)], [pieces], deadline_ns=time.monotonic_ns() + 5 * 10**9)
+    image = np.concatenate((memory[:half], memory[size_bytes:2 * size_bytes - half]))
+    return outcome, np.array_equal(image, content_of(number, size_bytes=size_bytes))
+
+
+def small_put(client, number, size_bytes=4096):
+    content = content_of(number, size_bytes=size_bytes)
+    pieces = Scatter(np.array([content.ctypes.data], np.uint64), np.array([size_bytes], np.uint64))
+    assert client.put([key_of(number)], [pieces]) == [True]
+
+
+def test_small_blocks_come_with_the_answer_and_are_verified_like_others(cell):
+    owner, reader = cell.client(), cell.client()
+    for number, size_bytes in ((1, 4096), (2, wire.INLINE_MAX_BYTES), (3, wire.INLINE_MAX_BYTES + 8), (4, 4096)):
+        small_put(owner, number, size_bytes)
+    outcome, is_right = small_get(reader, 1)
+    assert (outcome.result, outcome.medium, outcome.num_bytes, is_right) == ("ok", "inline", 4096, True)
+    assert small_get(reader, 2, wire.INLINE_MAX_BYTES) == (outcome._replace(num_bytes=wire.INLINE_MAX_BYTES), True)
+    assert owner._segment.num_in_use() == (0, 0) and owner.status().get("mooncake_leases_active", 0) == 0
+    outcome, is_right = small_get(reader, 3, wire.INLINE_MAX_BYTES + 8)
+    assert outcome.medium == "shm" and is_right
+    flip_byte(owner, 4, offset=2000)
+    assert small_get(reader, 4)[0].result == "corrupt"
+    wait_for(lambda: not owner.has(key_of(4)), what="the owner drops the block")
+    outcome, is_right = small_get(reader, 1, 2048)
+    assert outcome.result == "failed" and "4096 bytes" in outcome.reason and not is_right
+    owner._segment.drop(key_of(1))
+    assert small_get(reader, 1)[0].result == "miss"
+    status = owner.status()
+    assert [status[f'mooncake_leases_total{{result="{result}"}}'] for result in ("inline", "released")] == [4, 1]
+
+
+def test_under_tls_no_block_comes_with_an_answer_which_nothing_encrypts(cell):
+    tls = {"tls_cert": str(CERTIFICATES / "member.pem"), "tls_key": str(CERTIFICATES / "member.key"),
+           "tls_ca": str(CERTIFICATES / "authority.pem")}
+    config = cell.config(media=("tcp",), **tls)
+    owner, reader = (cell._keep(StoreClient(config, directory=MemoryDirectory(cell.memory))) for _ in range(2))
+    small_put(owner, 1)
+    outcome, is_right = small_get(reader, 1)
+    assert outcome.medium == "tcp" and is_right
+    with RawPeer(owner.address) as peer:
+        peer.send(wire.Hello(1, "curious", HostIdentity("x", 1), "0"))
+        peer.receive()
+        peer.send(wire.Acquire(2, (key_of(1),), 100, wire.INLINE_MAX_BYTES))
+        assert peer.receive().entries[0].data == b""
 
 
 def test_a_false_report_costs_the_owner_nothing(cell):
@@ -349,7 +405,7 @@ def test_garbage_is_answered_counted_and_survived(cell):
     put(owner, [1])
     with RawPeer(owner.address) as peer:
         for garbage in (b"", b"\x03\xff\xff", b"\x01abc", wire.encode(wire.Renewed(1, 1, 1)),
-                        wire.encode(wire.Acquire(7, (b"k",), 100))):
+                        wire.encode(wire.Acquire(7, (b"k",), 100, 0))):
             peer.send_bytes(garbage)
         reasons = [peer.receive().reason for _ in range(5)]
         assert reasons == ["malformed", "malformed", "version", "unexpected", "hello_first"]
@@ -369,7 +425,7 @@ def test_one_leaking_reader_cannot_take_all_leases(cell):
         peer.send(wire.Hello(1, "leak", HostIdentity("h", 1), "0"))
         peer.receive()
         for number in range(5):
-            peer.send(wire.Acquire(number, (key_of(1),), 60_000))
+            peer.send(wire.Acquire(number, (key_of(1),), 60_000, 0))
         kinds = [type(peer.receive()).__name__ for _ in range(5)]
         assert kinds == ["Granted"] * 3 + ["Denied"] * 2
         assert results(get(reader, [1])) == ["ok"]

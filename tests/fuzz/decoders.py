@@ -74,7 +74,7 @@ def _again(decode: Callable[[bytes], Any], encode: Callable[[Any], bytes]) -> Ca
 # ------------------------------------------------------------------------------------------------ the store's messages
 PULL = (
     wire.Hello(1, "engine-a", HOST, "0.1"), wire.Welcome(1, "engine-a", HOST, "0.1", REGION),
-    wire.Acquire(2, KEYS, 5000),
+    wire.Acquire(2, KEYS, 5000, 4096), wire.Granted(2, 0, 5000, (wire.BlockEntry(0, 3, 99, b"abc"), None)),
     wire.Granted(2, 3, 5000, (wire.BlockEntry(4096, 10_000, 99), None, wire.BlockEntry(1 << 30, 1, 7))),
     wire.Denied(2, "busy", "later"), wire.Renew(3, 3, 5000), wire.Renewed(3, 3, 5000), wire.Release(3),
     wire.Report(KEYS[0], 1), wire.Offer(4, "n", "tcp://h:1", HOST, KEYS[:2], (10, 20)), wire.Accepted(4, 1, 0),
@@ -230,6 +230,17 @@ def _shm_request(data: bytes) -> bytes:
     return data
 
 
+def _pull_stream(data: bytes) -> bytes:
+    """Read a stream to its end; what it was cut into is what it holds, but for an unfinished message."""
+    inbox = wire.Inbox()
+    inbox.feed(data)
+    taken = b""
+    while (message := inbox.take()) is not None:
+        taken += wire.frame(message)
+    assert len(inbox) <= wire.LENGTH_BYTES + wire.MESSAGE_MAX_BYTES
+    return taken
+
+
 def _rdma_header(data: bytes) -> bytes:
     return rdma_wire.HEADER.pack(rdma_wire.MAGIC, rdma_wire.VERSION, 0, rdma_wire.unpack_header(data))
 
@@ -248,6 +259,7 @@ def _encoded(messages: tuple[Any, ...], encode: Callable[[Any], bytes]) -> tuple
 
 DECODERS = (
     Decoder("pull", _encoded(PULL, wire.encode), _again(wire.decode, wire.encode)),
+    Decoder("pull-stream", (b"".join(map(wire.frame, PULL)), *map(wire.frame, PULL)), _pull_stream, codec="raw"),
     Decoder("handoff-to-prefill", _encoded(TO_PREFILL, handoff.encode),
             _again(handoff.decode_to_prefill, handoff.encode), size_max_bytes=handoff.MESSAGE_MAX_BYTES),
     Decoder("handoff-to-decode", _encoded(TO_DECODE, handoff.encode), _again(handoff.decode_to_decode, handoff.encode),

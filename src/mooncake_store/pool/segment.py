@@ -13,6 +13,7 @@ Memory model: the mapping lives until ``close`` and, beyond that, until the last
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 from collections.abc import Sequence
@@ -168,6 +169,10 @@ class Segment:
         with self._lock:
             self._index.unpin(blocks)
             self._idle.notify_all()
+
+    def bytes_of(self, block: StoredBlock) -> bytes:
+        """Return a copy of a pinned block's image."""
+        return ctypes.string_at(self._base + block.extent.offset, block.extent.length)
 
     def verify(self, key: BlockKey) -> bool | None:
         """Compare a block's bytes with its checksum and drop it when they differ; None when it is not here."""

@@ -35,7 +35,8 @@ class GetOutcome(NamedTuple):
         result: ``ok`` (its bytes are in the target), ``miss`` (nobody reachable has it), ``failed`` (somebody has it
             but it did not arrive in time) or ``corrupt`` (what arrived was not what was stored). Unless ``ok``, the
             target's bytes are undefined.
-        medium: what moved the bytes: ``local``, ``shm``, ``cma``, ``tcp``, ...; empty unless ``ok`` or ``corrupt``.
+        medium: what moved the bytes: ``local``, ``inline`` (they came with the owner's answer), ``shm``, ``cma``,
+            ``tcp``, ...; empty unless ``ok`` or ``corrupt``.
         num_bytes: bytes that arrived; 0 unless ``ok``.
         reason: one line for people; empty when ``ok``.
     """
@@ -77,6 +78,10 @@ class BlockSource(Protocol):
 
     def unpin(self, blocks: Sequence[Any]) -> None:
         """Let blocks go."""
+        ...
+
+    def bytes_of(self, block: Any) -> bytes:
+        """Return a copy of a pinned block's image."""
         ...
 
     def verify(self, key: BlockKey) -> bool | None:

@@ -14,7 +14,7 @@ from mooncake_store.pull.wire import MESSAGE_MAX_BYTES, Inbox, Message, frame
 from mooncake_store.transport.tcp_stream import tune
 
 SCHEME = "tcp://"
-RECEIVE_BYTES = 16 << 10
+RECEIVE_BYTES = 32 << 10
 UNSENT_MAX_BYTES = 2 * MESSAGE_MAX_BYTES
 
 

@@ -25,7 +25,7 @@ from mooncake_store.pull.peers import Peers
 from mooncake_store.pull.planner import StaleEntries, Want, plan_pull
 from mooncake_store.pull.round import PullRound
 from mooncake_store.pull.session import PeerSession
-from mooncake_store.pull.wire import Hello
+from mooncake_store.pull.wire import INLINE_MAX_BYTES, Hello
 from mooncake_store.types import BlockKey, NodeId
 
 ANSWER_TIMEOUT_NS = 1_000_000_000
@@ -115,7 +115,8 @@ class Puller:
         hello = self._hello
         session = PeerSession(peer, node_id=hello.node_id, host=hello.host, version=hello.version,
                               lease_ttl_ms=max(1, int(self._config.lease_s * 1000)),
-                              answer_timeout_ns=ANSWER_TIMEOUT_NS)
+                              answer_timeout_ns=ANSWER_TIMEOUT_NS,
+                              inline_max_bytes=0 if self._config.tls_cert else INLINE_MAX_BYTES)
         return PeerLink(peer, session)
 
     def _whereabouts(self, keys: Sequence[BlockKey], source: PeerAddress | None,

@@ -7,7 +7,7 @@ its length goes before it, as 4 bytes, big-endian.
 reader -> owner  answered with       meaning
 ==============  ==================  =====================================================================
 Hello            Welcome, Denied     who we are; the answer names the owner's life and its region
-Acquire          Granted, Denied     promise that these blocks stay put for ``ttl_ms``
+Acquire          Granted, Denied     promise that these blocks stay put for ``ttl_ms``, or send them if they are small
 Renew            Renewed, Denied     prolong that promise
 Release          nothing             we have what we wanted
 Report           nothing             the bytes of this block did not match its checksum: look again
@@ -34,6 +34,8 @@ WIRE_VERSION = 3
 MESSAGE_MAX_BYTES = 1 << 20
 LENGTH_BYTES = 4
 KEYS_MAX = 1024
+INLINE_MAX_BYTES = 16 << 10
+"""Blocks that together have no more may come with the answer: that takes less time than a lease and a read."""
 KEY_MAX_BYTES = NAMESPACE_BYTES + PART_BYTES + CONTENT_MAX_BYTES
 TEXT_MAX_CHARS = 512
 TTL_MAX_MS = 600_000
@@ -44,6 +46,7 @@ Keys = Annotated[tuple[Key, ...], Meta(min_length=1, max_length=KEYS_MAX)]
 Text = Annotated[str, Meta(max_length=TEXT_MAX_CHARS)]
 Uint63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Length = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
+Inline = Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)]
 Checksum = Uint63
 """See transport/checksum.py; says which kind it is."""
 TtlMs = Annotated[int, Meta(ge=1, le=TTL_MAX_MS)]
@@ -85,25 +88,27 @@ class Welcome(_Message, frozen=True, array_like=True, tag="welcome"):
 
 
 class Acquire(_Message, frozen=True, array_like=True, tag="acquire"):
-    """Ask for a lease on blocks."""
+    """Ask for a lease on blocks, or for their bytes if these are no more than ``inline_bytes`` together."""
 
     request_id: Uint63
     keys: Keys
     ttl_ms: TtlMs
+    inline_bytes: Annotated[int, Meta(ge=0, le=INLINE_MAX_BYTES)]
 
 
 class BlockEntry(_Message, frozen=True, array_like=True):
-    """Where one leased block is in the owner's region, and the checksum of its bytes."""
+    """Where one block is in the owner's region, and the checksum of its bytes; ``data`` is these, when not leased."""
 
     offset: Uint63
     length: Length
     checksum: Checksum
+    data: Inline = b""
 
 
 class Granted(_Message, frozen=True, array_like=True, tag="granted"):
     """Grant a lease: one entry per key asked for, None where the owner has no such block.
 
-    ``lease_id`` is 0 when every entry is None: nothing is held, nothing needs a release.
+    ``lease_id`` is 0 when nothing is held and nothing needs a release: each entry is None or has the block's bytes.
     """
 
     request_id: Uint63
@@ -224,6 +229,10 @@ def decode(data: bytes | memoryview) -> Message:
         raise WireError("malformed", f"not a valid message: {error}") from error
     if isinstance(message, Offer) and len(message.keys) != len(message.lengths):
         raise WireError("malformed", f"an offer of {len(message.keys)} keys with {len(message.lengths)} lengths")
+    if isinstance(message, Granted):
+        for entry in message.entries:
+            if entry is not None and len(entry.data) != (0 if message.lease_id else entry.length):
+                raise WireError("malformed", "a block must be leased or come with all of its bytes")
     return message
 
 

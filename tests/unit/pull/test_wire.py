@@ -19,9 +19,11 @@ REGION = RegionDescriptor(5, 4096, HOST, (ShmOffer("sock"), CmaOffer(1, 2, 3, 4)
 GOLDEN = [
     (wire.Hello(1, "n", HOST, "0.1"), "0395a568656c6c6f01a16e92a4626f6f7407a3302e31"),
     (wire.Welcome(1, "n", HOST, "0.1", None), "0396a777656c636f6d6501a16e92a4626f6f7407a3302e31c0"),
-    (wire.Acquire(2, (b"k", b"l"), 5000), "0394a7616371756972650292c4016bc4016ccd1388"),
+    (wire.Acquire(2, (b"k", b"l"), 5000, 4096), "0395a7616371756972650292c4016bc4016ccd1388cd1000"),
     (wire.Granted(2, 3, 5000, (wire.BlockEntry(4096, 10, 99), None)),
-     "0395a76772616e7465640203cd13889293cd10000a63c0"),
+     "0395a76772616e7465640203cd13889294cd10000a63c400c0"),
+    (wire.Granted(2, 0, 5000, (wire.BlockEntry(0, 2, 99, b"ab"), None)),
+     "0395a76772616e7465640200cd13889294000263c4026162c0"),
     (wire.Denied(2, "busy"), "0394a664656e69656402a462757379a0"),
     (wire.Renew(3, 3, 5000), "0394a572656e65770303cd1388"),
     (wire.Renewed(3, 3, 5000), "0394a772656e657765640303cd1388"),
@@ -82,18 +84,65 @@ def test_damaged_messages_are_rejected_or_still_within_bounds(which, position, v
     (wire.encode(wire.Release(1)) + b"\0", "malformed"),
     (b"\x03" + msgspec.msgpack.encode(["release", -1]), "malformed"),
     (b"\x03" + msgspec.msgpack.encode(["release", 1, 2]), "malformed"),
-    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [], 5]), "malformed"),
-    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k" * 83], 5]), "malformed"),
-    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k"] * 1025, 5]), "malformed"),
-    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k"], 0]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [], 5, 0]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k" * 83], 5, 0]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k"] * 1025, 5, 0]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k"], 0, 0]), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["acquire", 1, [b"k"], 5, wire.INLINE_MAX_BYTES + 1]), "malformed"),
+    (wire.encode(wire.Granted(1, 0, 5, (wire.BlockEntry(0, 2, 9),))), "malformed"),
+    (wire.encode(wire.Granted(1, 0, 5, (wire.BlockEntry(0, 2, 9, b"abc"),))), "malformed"),
+    (wire.encode(wire.Granted(1, 7, 5, (wire.BlockEntry(0, 2, 9, b"ab"),))), "malformed"),
+    (b"\x03" + msgspec.msgpack.encode(["granted", 1, 0, 5, [[0, 16_385, 9, bytes(16_385)]]]), "malformed"),
     (b"\x03" + msgspec.msgpack.encode(["offer", 1, "n", "c", ["b", 1], [b"k"], [1, 2]]), "malformed"),
     (b"\x03" + msgspec.msgpack.encode({"type": "release"}), "malformed"),
     (b"\x03" + msgspec.msgpack.encode(["renewal", 1]), "malformed"),
-], ids=range(13))
+], ids=range(18))
 def test_what_breaks_a_rule_is_rejected_for_that_reason(data, reason):
     with pytest.raises(wire.WireError) as caught:
         wire.decode(data)
     assert caught.value.reason == reason
+
+
+def messages_in(data: bytes, sizes: list[int]) -> list[wire.Message | str]:
+    """Feed a stream in pieces of these sizes, over and over; return what comes out, for refusals their reason."""
+    inbox, found, start = wire.Inbox(), [], 0
+    while start < len(data):
+        size = sizes[0]
+        sizes = [*sizes[1:], size]
+        inbox.feed(data[start:start + size])
+        start += size
+        try:
+            while (message := inbox.take()) is not None:
+                found.append(message)
+        except wire.WireError as error:
+            found.append(error.reason)
+            if isinstance(error, wire.FramingError):
+                break
+    return found
+
+
+@settings(max_examples=100, deadline=None)
+@given(sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5))
+def test_however_a_stream_is_cut_the_same_messages_come_out(sizes):
+    messages = [message for message, _ in GOLDEN]
+    assert messages_in(b"".join(wire.frame(message) for message in messages), sizes) == messages
+
+
+def test_a_stream_goes_on_behind_a_bad_message_and_ends_at_a_bad_length():
+    bad = (3).to_bytes(4, "big") + b"\x03\xff\xff"
+    good = wire.frame(wire.Release(1))
+    # fed byte by byte, so that what is refused is taken on its own
+    assert messages_in(bytes(4) + bad + good, [1]) == ["empty", "malformed", wire.Release(1)]
+    assert messages_in(good + b"GET / HTTP/1.1" + good, [1]) == [wire.Release(1), "too_large"]
+    assert messages_in((wire.MESSAGE_MAX_BYTES + 1).to_bytes(4, "big"), [4]) == ["too_large"]
+
+
+def test_an_inbox_keeps_what_is_not_a_whole_message():
+    inbox = wire.Inbox()
+    inbox.feed(wire.frame(wire.Release(1))[:-1])
+    assert inbox.take() is None and len(inbox) > 0
+    inbox.feed(wire.frame(wire.Release(1))[-1:])
+    assert inbox.take() == wire.Release(1) and len(inbox) == 0
 
 
 def test_a_message_too_large_to_send_is_our_bug():
