@@ -7,7 +7,7 @@ lone small read, such as one block of a small model or an epoch word, takes a sh
 A stream is dropped, with what was in flight on it, on any error and at the deadline, so that nothing is written to a
 target after ``read`` has returned; the next read opens a new one.
 
-Integrity: about every 256 KiB carry a checksum (tcp's own sum misses one corruption in 65,536). A mismatch fails its
+Integrity: about every 512 KiB carry a checksum (tcp's own sum misses one corruption in 65,536). A mismatch fails its
 requests. Under TLS, which authenticates every byte, there is none.
 """
 

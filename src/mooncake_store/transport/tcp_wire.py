@@ -29,7 +29,7 @@ VERSION = 3
 FRAME_READS_MAX = 1024
 FRAME_MAX_BYTES = 8 << 20
 """Bytes of one response. Also the longest read: longer ones are cut before they get here."""
-CHUNK_BYTES = 256 << 10
+CHUNK_BYTES = 512 << 10
 """Bytes under one checksum, give or take a read."""
 
 HEADER = struct.Struct("<4sHHIIQ")
