@@ -26,7 +26,7 @@ WAITING_MAX = 65_536
 PRIORITY_MAX = 8
 REPLAN_S = 0.1
 ALWAYS_PLANNED = 32
-SLACK_SHARE = 0.5
+SLACK_SHARE = 0.4
 RETRY_MIN_S = 1
 RETRY_MAX_S = 600
 
@@ -262,17 +262,19 @@ class AdmissionQueue:
     def _too_dear(self, outlook: Outlook) -> list[Waiting]:
         """Return what costs more per unit of value than can be afforded, in prefill or in decode memory."""
         waiting, num_engines = self._waiting.values(), len(outlook.queues_s)
-        slack_s = SLACK_SHARE * self.service_class("").ttft_s
+        ttft_s = self.service_class("").ttft_s
+        # What runs already leaves less time to those that wait.
+        left_s = max(ttft_s - sum(outlook.queues_s) / max(num_engines, 1), 0.0)
         prefill_max = self._prefill_inflow.dearest(
             [(each.price, each.work_s) for each in waiting],
             capacity=num_engines,
-            slack_s=slack_s - sum(outlook.queues_s) / max(num_engines, 1),
+            slack_s=SLACK_SHARE * left_s,
             now_s=outlook.now_s,
         )
         decode_max = self._decode_inflow.dearest(
             [(each.held_token_s / each.value, each.held_token_s) for each in waiting],
             capacity=outlook.decode_tokens,
-            slack_s=slack_s,
+            slack_s=SLACK_SHARE * ttft_s,
             now_s=outlook.now_s,
         )
         if math.isinf(prefill_max) and math.isinf(decode_max):

@@ -242,7 +242,7 @@ class Placer:
         return [engine for each in sides.all if (engine := self.table.get(each.url)) is not None]
 
     def _demand(self, place: Place, now_ns: int, backlog_s: float = 0.0, open_below_s: float = math.inf) -> Demand:
-        num_output = self.predictor.output_tokens(place.num_output_tokens)
+        num_output = self.predictor.reserved_tokens(place.num_output_tokens)
         return Demand(place.num_prompt_tokens, num_output, backlog_s, self._can_fetch, now_ns / 1e9, open_below_s)
 
     def _refresh(self, place: Place, now_ns: int) -> None:
@@ -271,7 +271,7 @@ class Placer:
             if (row := self._roster.row(opened.decode_url)) is not None:
                 row.prefill.add(transfer_id, predicted_s, now_s=now_ns / 1e9)
         self._charge(opened.decode_url, num_decode=opened.num_decode_tokens)
-        num_reserved = place.num_prompt_tokens + self.predictor.output_tokens(place.num_output_tokens)
+        num_reserved = place.num_prompt_tokens + self.predictor.reserved_tokens(place.num_output_tokens)
         if (row := self._roster.row(opened.decode_url)) is not None:
             row.decode.add(transfer_id, num_reserved)
             row.tell_load(now_ns)

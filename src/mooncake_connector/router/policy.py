@@ -73,7 +73,7 @@ class Demand(NamedTuple):
     """What one request asks for, and what a policy may weigh.
 
     Attributes:
-        num_output_tokens: expected.
+        num_output_tokens: memory to set aside for the answer.
         backlog_s: seconds of work that wait for an engine, per engine; the price of extra work rises with it.
         can_fetch: whether an engine can get a prefix from another one.
         now_s: for what links still have to carry.

@@ -116,6 +116,7 @@ class Predictor:
         self.prefill_error = PredictionError()
         self.step_error = PredictionError()
         self.mean_output_tokens = OUTPUT_PRIOR_TOKENS
+        self._mean_squared_output = OUTPUT_PRIOR_TOKENS**2
         self.kv_token_bytes = kv_token_bytes
         self.links = Links(link_bytes_per_s)
 
@@ -156,9 +157,18 @@ class Predictor:
         """Return how long an answer will be: what the client said, or the recent mean."""
         return hint or round(self.mean_output_tokens)
 
+    def reserved_tokens(self, hint: int = 0) -> int:
+        """Return the memory to set aside for an answer, in tokens.
+
+        More than the mean: an engine is mostly busy with long answers, because they stay longer.
+        """
+        return hint or round(self._mean_squared_output / self.mean_output_tokens)
+
     def observe_output(self, num_tokens: int) -> None:
         """Learn from the length of a finished answer."""
+        num_tokens = max(num_tokens, 1)
         self.mean_output_tokens += OUTPUT_RATE * (num_tokens - self.mean_output_tokens)
+        self._mean_squared_output += OUTPUT_RATE * (num_tokens**2 - self._mean_squared_output)
 
     @property
     def token_transfer_s(self) -> float:

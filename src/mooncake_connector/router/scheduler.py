@@ -96,7 +96,7 @@ class Scheduler:
             outlook=outlook,
             work_s=work_s,
             num_tokens=num_tokens,
-            held_token_s=self._held_token_s(num_tokens, place, outlook),
+            held_token_s=self._held_token_s(place, outlook),
             class_name=submission.class_name,
             tenant=submission.tenant,
             hints=submission.hints,
@@ -222,18 +222,22 @@ class Scheduler:
     def _has_room(self, choice: Choice, waiting: Waiting, place: Place) -> bool:
         """Tell whether the decode engine has memory for it, and stays fast enough with it."""
         decode = choice.decode
-        needed = decode.context_tokens + waiting.num_tokens
+        needed = decode.context_tokens + self._memory_tokens(place)
         if decode.capacity_tokens and decode.num_open and needed > decode.capacity_tokens:
             return False
         tbt_s = self.queue.service_class(waiting.class_name).tbt_s
         return not decode.num_open or self.placer.predictor.step_s(decode.num_open + 1, needed) <= tbt_s
 
-    def _held_token_s(self, num_tokens: int, place: Place, outlook: Outlook) -> float:
+    def _memory_tokens(self, place: Place) -> int:
+        return place.num_prompt_tokens + self.placer.predictor.reserved_tokens(place.num_output_tokens)
+
+    def _held_token_s(self, place: Place, outlook: Outlook) -> float:
         """Return KV memory times the time that it is held for, on a decode engine that is full of such requests."""
         predictor = self.placer.predictor
         engine_tokens = outlook.decode_tokens / max(self.placer.num_decoding, 1)
         if not engine_tokens:
             return 0.0
+        num_tokens = self._memory_tokens(place)
         self._mean_tokens += MEAN_RATE * (num_tokens - self._mean_tokens)
         step_s = predictor.step_s(round(engine_tokens / max(self._mean_tokens, 1.0)), engine_tokens)
         return num_tokens * step_s * predictor.output_tokens(place.num_output_tokens)
