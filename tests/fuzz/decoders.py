@@ -20,6 +20,7 @@ from mooncake_connector.router import bodies
 from mooncake_connector.router import messages as placement
 from mooncake_connector.router.dialects import vllm
 from mooncake_connector.router.dialects.select import DIALECTS
+from mooncake_connector.router.index import events as kv_events
 from mooncake_connector.transfer import messages as handoff
 from mooncake_store.directory import schema
 from mooncake_store.errors import MooncakeError, RemoteProtocolError
@@ -142,6 +143,40 @@ def _params(data: bytes) -> bytes:
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise NotAccepted(f"not a map: {error}") from error  # the engine's own JSON parser is in between
     return msgspec.msgpack.encode(read_params(raw))
+
+
+_STORED = {"type": "BlockStored", "block_hashes": [1, 2], "parent_block_hash": 7, "token_ids": [5, 6, 7, 8],
+           "block_size": 2, "lora_id": None, "medium": "GPU", "lora_name": "a",
+           "extra_keys": [["a", ["image", 3], "salt"], None], "group_idx": 1,
+           "kv_cache_spec_kind": "sliding_window", "kv_cache_spec_sliding_window": 128, "locality": "LOCAL"}
+_REMOVED = {"type": "BlockRemoved", "block_hashes": [b"0123456789abcdef" * 2, -5], "medium": "CPU", "group_idx": 1}
+KV_MAPS = tuple(msgspec.msgpack.encode([1.5, [*events, {"type": "AllBlocksCleared"}], 0])
+                for events in ([_STORED, _REMOVED], [{**_STORED, "token_ids": [[5, 6], [6, 7], [7, 8], [8, 9]]}]))
+KV_ARRAYS = msgspec.msgpack.encode([1.5, [list(_STORED.values()), list(_REMOVED.values()), ["AllBlocksCleared"]]])
+KV_SGLANG = msgspec.msgpack.encode([1.5, [["BlockStored", [-1], None, [5, 6], 2, None, "CPU_PINNED", "salt", "s"]]])
+
+
+def _kv_events(dialect: kv_events.Dialect) -> Callable[[bytes], bytes]:
+    def read(payload: bytes) -> bytes:
+        batch = kv_events.decode_batch(payload, dialect)
+        events: list[dict[str, Any]] = []
+        for event in batch.events:
+            if isinstance(event, kv_events.Cleared):
+                events.append({"type": "AllBlocksCleared"})
+                continue
+            assert all(0 <= value < 1 << 64 for value in event.hashes)
+            medium = {tier: name for name, tier in kv_events.TIERS.items()}[event.tier]
+            told = {"block_hashes": list(event.hashes), "medium": medium}
+            if isinstance(event, kv_events.Removed):
+                group = {} if event.group == kv_events.ANY_GROUP else {"group_idx": event.group}
+                events.append({"type": "BlockRemoved", **told, **group})
+                continue
+            assert not event.tokens or len(event.tokens) == len(event.hashes) * event.block_tokens
+            events.append({"type": "BlockStored", **told, "parent_block_hash": event.parent,
+                           "token_ids": list(event.tokens), "block_size": event.block_tokens,
+                           "lora_name": event.lora, "cache_salt": event.salt, "group_idx": event.group})
+        return msgspec.msgpack.encode([batch.time_s, events])
+    return read
 
 
 def _body(route: bodies.Route) -> Callable[[bytes], bytes]:
@@ -270,6 +305,10 @@ DECODERS = (
     Decoder("introduction", (INTRODUCTION,), _introduction, codec="json"),
     Decoder("server-info", (SERVER_INFO,), _server_info, codec="json"),
     Decoder("transfer-params", (PARAMS,), _params, head=0, size_max_bytes=64 << 10),
+    Decoder("kv-events-maps", KV_MAPS, _kv_events("vllm"), head=0, size_max_bytes=kv_events.MESSAGE_MAX_BYTES),
+    Decoder("kv-events-arrays", (KV_ARRAYS,), _kv_events("vllm"), head=0, size_max_bytes=kv_events.MESSAGE_MAX_BYTES),
+    Decoder("kv-events-sglang", (KV_SGLANG,), _kv_events("sglang"), head=0,
+            size_max_bytes=kv_events.MESSAGE_MAX_BYTES),
     Decoder("chat-body", (CHAT_BODY,), _body(bodies.CHAT), codec="json"),
     Decoder("completion-body", (COMPLETION_BODY,), _body(bodies.COMPLETIONS), codec="json"),
     Decoder("directory-page", (schema.encode_page(KEYS), schema.encode_page(())),
