@@ -5,7 +5,7 @@ set -eu
 MODEL=${1:?usage: run.sh MODEL [PYTHON]}
 PYTHON=${2:-python3}
 LOGS=$(mktemp -d)
-export SGLANG_USE_CPU_ENGINE=1 OMP_NUM_THREADS=1
+export SGLANG_USE_CPU_ENGINE=1 SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX=false OMP_NUM_THREADS=1
 # the folder of the interpreter has the mooncake command
 PATH=$(dirname "$(command -v "$PYTHON")"):$PATH
 trap 'kill $(jobs -p) 2>/dev/null; wait' EXIT
@@ -15,8 +15,8 @@ echo "logs: $LOGS"
 server() { # NAME PORT FLAGS...
     name=$1 port=$2
     shift 2
-    "$PYTHON" -m sglang.launch_server --model-path "$MODEL" --served-model-name demo --host 127.0.0.1 --port "$port" --device cpu \
-        --attention-backend torch_native --page-size 16 --mem-fraction-static 0.1 --max-total-tokens 4096 \
+    "$PYTHON" -m sglang.launch_server --model-path "$MODEL" --served-model-name demo --host 127.0.0.1 \
+        --port "$port" --device cpu --attention-backend torch_native --page-size 16 --mem-fraction-static 0.1 --max-total-tokens 4096 \
         --max-running-requests 8 --disaggregation-transfer-backend mooncake_pull "$@" >"$LOGS/$name.log" 2>&1 &
 }
 

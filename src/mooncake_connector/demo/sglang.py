@@ -24,8 +24,9 @@ from mooncake_connector.demo.status import by_label, total
 from mooncake_connector.demo.ways import ServerName, Sources, Split
 from mooncake_store.errors import ConfigError
 
-# CPU engines that share few cores: one compute thread each.
-ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# CPU engines that share few cores: one compute thread each. Sending a cached prefix early needs CUDA events (0.5.23).
+ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+               "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "false"}
 CACHE_TOKENS = 8192
 CHUNK_TOKENS = 512
 PAGE_TOKENS = 16
