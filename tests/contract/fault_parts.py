@@ -87,7 +87,7 @@ class Pulls:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(100.0)
+            thread.join(100.0 + num_pulls * 0.1)
             assert not thread.is_alive(), "a pull hangs"
         self._seed += NUM_THREADS
         assert not self.errors, self.errors[0]
