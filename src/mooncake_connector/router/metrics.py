@@ -36,6 +36,15 @@ ROUTER_METRICS: dict[str, MetricSpec] = {
     "mooncake_router_config_reloads_total": MetricSpec("counter", "Times the file was read again", ("result",)),
     "mooncake_router_introductions_total": MetricSpec("counter", "Introductions asked of engines", ("result",)),
     "mooncake_router_prefix_entries": MetricSpec("gauge", "Prefix hashes remembered, over all engines"),
+    "mooncake_router_indexed_blocks": MetricSpec("gauge", "Blocks known by the engines' own events, each copy counted"),
+    "mooncake_router_event_streams": MetricSpec(
+        "gauge", "KV-event streams: all that are followed, and those stale", ("state",)
+    ),
+    "mooncake_router_events_total": MetricSpec(
+        "counter", "What KV events told: batches, blocks, and what went wrong", ("kind",)
+    ),
+    "mooncake_router_event_replays_total": MetricSpec("counter", "Times that missed KV events were asked for again"),
+    "mooncake_router_event_garbage_total": MetricSpec("counter", "KV-event messages rejected as malformed"),
     "mooncake_router_messages_total": MetricSpec("counter", "Placement messages answered, by kind", ("kind",)),
     "mooncake_router_garbage_total": MetricSpec("counter", "Placement frames rejected", ("reason",)),
     "mooncake_router_expired_total": MetricSpec("counter", "Placements that nobody finished in time"),

@@ -74,7 +74,7 @@ class Stored(NamedTuple):
         contents: per block, what else it holds, such as images; None when no block does.
     """
 
-    hashes: Sequence[int]
+    hashes: list[int]
     parent: int | None
     tokens: array.array[int]
     block_tokens: int
@@ -89,7 +89,7 @@ class Stored(NamedTuple):
 class Removed(NamedTuple):
     """Blocks are no longer on a medium; ``group`` is ``ANY_GROUP`` when the engine does not say."""
 
-    hashes: Sequence[int]
+    hashes: list[int]
     tier: Tier
     group: int
 
@@ -224,6 +224,9 @@ def decode_batch(payload: bytes, dialect: Dialect = "vllm") -> Batch:
         event = _read(each)
         if event is None:
             num_ignored += 1
+        elif isinstance(event, Removed) and events and _is_alike(events[-1], event):
+            # vLLM removes block by block.
+            events[-1].hashes.extend(event.hashes)
         else:
             events.append(event)
     return Batch(wire.time_s, events, num_ignored)
@@ -269,6 +272,10 @@ def _read(event: Any) -> KvEvent | None:
         salt,
         contents,
     )
+
+
+def _is_alike(last: KvEvent, event: Removed) -> bool:
+    return isinstance(last, Removed) and (last.tier, last.group) == (event.tier, event.group)
 
 
 def _tokens(token_ids: list[Any]) -> array.array[int]:

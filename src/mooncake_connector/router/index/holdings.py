@@ -193,6 +193,11 @@ class Holdings:
                 self._streams[evicted].is_partial = True
         return asks
 
+    @property
+    def num_gathered(self) -> int:
+        """Return how many blocks wait for :meth:`flush`."""
+        return self._intake.num_gathered
+
     def flush(self) -> None:
         """Carry out what was gathered, so that it counts in answers."""
         self._intake.flush()

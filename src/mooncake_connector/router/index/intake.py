@@ -20,7 +20,7 @@ from mooncake_connector.router.index.columns import Column, Tier
 from mooncake_connector.router.index.events import ANY_GROUP, Removed, Stored
 from mooncake_connector.router.index.hashing import DEPTH_MAX, WORD_MASK, TokenHash, Words
 
-FLUSH_BLOCKS = 4096
+FLUSH_BLOCKS = 1024
 COLUMNS_PER_STREAM_MAX = 64
 _ODD = 0xD6E8FEB86659FD93
 _ODD_WORD = np.uint64(_ODD)
@@ -193,7 +193,7 @@ class Intake:
         num_noted = len(life.removed)
         life.removed.update(hashes)
         if len(life.removed) < num_noted + len(hashes):
-            hashes = tuple(dict.fromkeys(hashes))
+            hashes = list(dict.fromkeys(hashes))
         words: dict[int, int] = {}
         for column in life.columns.values():
             if event.group in (ANY_GROUP, column.group):
