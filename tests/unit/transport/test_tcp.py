@@ -10,7 +10,7 @@ import pytest
 
 from mooncake_store.errors import ChecksumMismatch, PeerUnreachable, RemoteProtocolError, TransferFailed
 from mooncake_store.testing.transport import Owned, Target, scattered, soon
-from mooncake_store.transport import tcp_server, tcp_wire
+from mooncake_store.transport import tcp_server, tcp_stream, tcp_wire
 from mooncake_store.transport.base import RegionGone, TcpOffer
 from mooncake_store.transport.tcp import TcpTransport
 
@@ -347,6 +347,16 @@ def test_requests_sent_without_reading_answers_do_not_pile_up():
         assert result.error is None
         attachment.close()
     server.close()
+
+
+@pytest.mark.parametrize(("source", "is_near"), [("127.0.0.1", True), ("127.0.0.2", False)])
+def test_only_within_a_machine_is_the_queue_cut_to_the_cache(source, is_near):
+    with (socket.create_server(("127.0.0.1", 0)) as listener,
+          socket.create_connection(listener.getsockname(), source_address=(source, 0)) as connection):
+        before = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        tcp_stream.tune(connection)
+        after = connection.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        assert after == (2 * tcp_stream.SEND_BUFFER_BYTES if is_near else before)  # the kernel doubles what it is told
 
 
 @pytest.mark.parametrize("offset", [3, 25, 30])
