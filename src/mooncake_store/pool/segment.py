@@ -81,7 +81,8 @@ class Segment:
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
         self._metrics = metrics
-        metrics.set("mooncake_segment_size_bytes", self._index.size_bytes)
+        if memory is not None:
+            metrics.set("mooncake_segment_size_bytes", self._index.size_bytes)
 
     @property
     def size_bytes(self) -> int:
@@ -197,7 +198,9 @@ class Segment:
             return self._index.drop(key)
 
     def report(self) -> None:
-        """Set the segment's gauges."""
+        """Set the segment's gauges; without memory they are another's, who counts in the same place."""
+        if self._memory is None:
+            return
         with self._lock:
             used, blocks = self._index.used_bytes, self._index.num_blocks
         self._metrics.set("mooncake_segment_used_bytes", used)
