@@ -11,7 +11,7 @@ import socket
 
 from mooncake_store.errors import PeerUnreachable
 from mooncake_store.pull.wire import MESSAGE_MAX_BYTES, Inbox, Message, frame
-from mooncake_store.transport.tcp_stream import tune
+from mooncake_store.transport.tcp_stream import quicken
 
 SCHEME = "tcp://"
 RECEIVE_BYTES = 32 << 10
@@ -26,7 +26,7 @@ class Channel:
     """
 
     def __init__(self, connection: socket.socket) -> None:
-        tune(connection)
+        quicken(connection)
         self.fd = connection.fileno()
         self._socket = connection
         self._inbox = Inbox()

@@ -27,19 +27,24 @@ SPACE = libc.address_space()
 
 
 def tune(connection: socket.socket) -> None:
-    """Set what both ends want: no delay, a dead peer noticed within half a minute, and a queue that fits the cache.
+    """Set what both ends of a stream of blocks want: as ``quicken``, and a queue that fits the cache.
 
     Raises:
         OSError: the peer has gone.
     """
+    quicken(connection)
+    if connection.getsockname()[0] == connection.getpeername()[0]:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+
+
+def quicken(connection: socket.socket) -> None:
+    """Let calls never wait, messages leave at once, and a dead peer be noticed within half a minute."""
     connection.setblocking(False)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 10)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    if connection.getsockname()[0] == connection.getpeername()[0]:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
 
 def send(connection: socket.socket, cursor: RangeCursor) -> bool:
