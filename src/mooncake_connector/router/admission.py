@@ -26,7 +26,8 @@ WAITING_MAX = 65_536
 PRIORITY_MAX = 8
 REPLAN_S = 0.1
 ALWAYS_PLANNED = 32
-SLACK_SHARE = 0.4
+SLACK_SHARE = 0.5
+CALM_SHARE = 0.1
 RETRY_MIN_S = 1
 RETRY_MAX_S = 600
 
@@ -156,7 +157,7 @@ class AdmissionQueue:
         *,
         safety_s: float = 0.3,
         safety_errors: float = 2.0,
-        overtaking_errors: float = 1.0,
+        overtaking_errors: float = 2.0,
         rule: Rule | None = None,
     ) -> None:
         self._safety_s = safety_s
@@ -262,15 +263,16 @@ class AdmissionQueue:
     def _too_dear(self, outlook: Outlook) -> list[Waiting]:
         """Return what costs more per unit of value than can be afforded, in prefill or in decode memory."""
         waiting, num_engines = self._waiting.values(), len(outlook.queues_s)
-        ttft_s = self.service_class("").ttft_s
-        # What runs already leaves less time to those that wait.
-        left_s = max(ttft_s - sum(outlook.queues_s) / max(num_engines, 1), 0.0)
-        prefill_max = self._prefill_inflow.dearest(
-            [(each.price, each.work_s) for each in waiting],
-            capacity=num_engines,
-            slack_s=SLACK_SHARE * left_s,
-            now_s=outlook.now_s,
-        )
+        ttft_s, prefill_max = self.service_class("").ttft_s, math.inf
+        if self.work_s >= CALM_SHARE * ttft_s * num_engines:
+            # What runs already leaves less time to those that wait.
+            left_s = max(ttft_s - sum(outlook.queues_s) / max(num_engines, 1), 0.0)
+            prefill_max = self._prefill_inflow.dearest(
+                [(each.price, each.work_s) for each in waiting],
+                capacity=num_engines,
+                slack_s=SLACK_SHARE * left_s,
+                now_s=outlook.now_s,
+            )
         decode_max = self._decode_inflow.dearest(
             [(each.held_token_s / each.value, each.held_token_s) for each in waiting],
             capacity=outlook.decode_tokens,

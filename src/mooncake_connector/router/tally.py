@@ -12,8 +12,9 @@ from collections.abc import Sequence
 TENANTS_MAX = 4096
 HALF_LIFE_S = 60.0
 OVER_SHARE_MAX = 16.0
-MEMORY_S = 60.0
+MEMORY_S = 180.0
 DOUBT_S = 2.0
+AHEAD_S = 60.0
 PRICE_MIN = 1e-4
 PRICE_STEP = 1.2
 PRICES = 192
@@ -57,11 +58,11 @@ class Inflow:
         """
         if self._begun_s is None or capacity <= 0:
             return math.inf
-        # No further ahead than the past is known: as much will come in known_s as came in that time. What came at once
-        # with nothing before it says little.
+        # No further ahead than the past is known. What came at once with nothing before it says little.
         known_s = MEMORY_S * (1.0 - math.exp(-max(now_s - self._begun_s, 0.0) / MEMORY_S))
-        fade = math.exp((self._now_s - now_s) / MEMORY_S) * known_s / (known_s + DOUBT_S)
-        left = capacity * (known_s + slack_s)
+        ahead_s = min(known_s, AHEAD_S)
+        fade = math.exp((self._now_s - now_s) / MEMORY_S) * ahead_s / (known_s + DOUBT_S)
+        left = capacity * (ahead_s + slack_s)
         if self._total * fade + sum(work for _, work in waiting) <= left:
             return math.inf
         totals = [each * fade for each in self._work]
