@@ -145,12 +145,14 @@ class ReadBatch(msgspec.Struct, frozen=True):
     """Reads out of one region; element i copies ``lengths[i]`` bytes.
 
     Shape: three 1-D uint64 arrays of equal length n >= 1. Units: bytes; ``local_addresses`` are absolute in this
-    process.
+    process. ``is_verified_later``: the caller has a checksum of its own to compare, so a medium that would verify what
+    arrives need not.
     """
 
     remote_offsets: np.ndarray
     local_addresses: np.ndarray
     lengths: np.ndarray
+    is_verified_later: bool = False
 
     def check(self, region_size_bytes: int) -> None:
         """Raise LocalProtocolError unless the arrays agree and every read lies inside the region.

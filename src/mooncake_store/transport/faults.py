@@ -158,7 +158,8 @@ class FaultyAttachment:
         ok = np.zeros(count, np.bool_)
         error: MooncakeError | None = None
         if len(asked):
-            part = ReadBatch(batch.remote_offsets[asked], batch.local_addresses[asked], lengths[asked])
+            part = ReadBatch(batch.remote_offsets[asked], batch.local_addresses[asked], lengths[asked],
+                             batch.is_verified_later)
             result = (self._trickle if is_slow else self._inner.read)(part, deadline_ns=deadline_ns)
             ok[asked], error = result.ok, result.error
         ok &= ~truncated
@@ -181,7 +182,7 @@ class FaultyAttachment:
                 break
             one = slice(index, index + 1)
             result = self._inner.read(ReadBatch(batch.remote_offsets[one], batch.local_addresses[one],
-                                                batch.lengths[one]), deadline_ns=deadline_ns)
+                                                batch.lengths[one], batch.is_verified_later), deadline_ns=deadline_ns)
             ok[index] = result.ok[0]
             error = error or result.error
         return ReadResult.of(batch, ok, error)

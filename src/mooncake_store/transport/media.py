@@ -359,8 +359,8 @@ class MediaAttachment:
             if inner is None:
                 break
             started_ns = time.monotonic_ns()
-            part = inner.read(ReadBatch(batch.remote_offsets[rest], batch.local_addresses[rest], batch.lengths[rest]),
-                              deadline_ns=deadline_ns)
+            part = inner.read(ReadBatch(batch.remote_offsets[rest], batch.local_addresses[rest], batch.lengths[rest],
+                                        batch.is_verified_later), deadline_ns=deadline_ns)
             self._media._count(self.medium, part.num_bytes)
             ok[rest] = part.ok
             num_bytes, error = part.num_bytes, part.error

@@ -119,9 +119,10 @@ class _Stream:
 class _Run:
     """What one ``read`` keeps: its pieces, which of them are complete, the frames not asked for yet."""
 
-    def __init__(self, pieces: Pieces, deadline_ns: int) -> None:
+    def __init__(self, pieces: Pieces, deadline_ns: int, flags: int) -> None:
         self.pieces = pieces
         self.deadline_ns = deadline_ns
+        self.flags = flags
         self.done = np.zeros(len(pieces.lengths), np.bool_)
         self.frames = deque(groups(pieces.lengths, count_max=FRAME_READS_MAX, bytes_max=FRAME_BYTES))
         self.error: MooncakeError | None = None
@@ -155,7 +156,8 @@ class TcpAttachment:
     def greet(self, deadline_ns: int) -> None:
         """Ask with a frame of no reads whether the region is served. Raises as ``TcpTransport.attach``."""
         nothing = np.empty(0, np.uint64)
-        run = _Run(Pieces(nothing, nothing, nothing, nothing.astype(np.int64), nothing.astype(np.int64)), deadline_ns)
+        run = _Run(Pieces(nothing, nothing, nothing, nothing.astype(np.int64), nothing.astype(np.int64)),
+                   deadline_ns, self._flags)
         run.frames.append(Group(0, 0, 0))
         with self._lock:
             self._drive(run, 1)
@@ -170,7 +172,7 @@ class TcpAttachment:
         if len(batch.lengths) == 1 and self._tls is None and int(batch.lengths[0]) <= LONE_READ_BYTES:
             return self._read_one(batch, deadline_ns)
         pieces = coalesce(batch, piece_max_bytes=tcp_wire.CHUNK_BYTES)
-        run = _Run(pieces, deadline_ns)
+        run = _Run(pieces, deadline_ns, self._flags_of(batch))
         wanted = self._num_streams if int(pieces.lengths.sum()) >= SECOND_STREAM_BYTES else 1
         with self._lock:
             self._drive(run, wanted)
@@ -189,7 +191,7 @@ class TcpAttachment:
     def _read_one(self, batch: ReadBatch, deadline_ns: int) -> ReadResult:
         """Copy a lone small read, with little Python."""
         offset, length = int(batch.remote_offsets[0]), int(batch.lengths[0])
-        address = int(batch.local_addresses[0])
+        address, flags = int(batch.local_addresses[0]), self._flags_of(batch)
         with self._lock:
             stream: _Stream | None = None
             try:
@@ -197,19 +199,20 @@ class TcpAttachment:
                 stream = self._streams[0]
                 frame = _Frame(self._number(), Group(0, 1, length))
                 stream.socket.send(tcp_wire.pack_single(
-                    Request(self._flags, frame.frame_id, 1, self._region.region_id), offset, length))
-                self._receive_one(stream, frame, SPACE[address:address + length], deadline_ns)
+                    Request(flags, frame.frame_id, 1, self._region.region_id), offset, length))
+                self._receive_one(stream, frame, [SPACE[address:address + length],
+                                                  *([stream.checksum.data.cast("B")] if flags else [])], deadline_ns)
             except (OSError, MooncakeError) as error:
                 if stream is not None:
                     self._drop(stream)
                 return ReadResult.failed(batch, self._explain(error))
-            if self._flags and checksum_of(single_range(address, length)) != int(stream.checksum[0]):
+            if flags and checksum_of(single_range(address, length)) != int(stream.checksum[0]):
                 return ReadResult.failed(batch, self._mismatch(length))
         return ReadResult(np.ones(1, np.bool_), length)
 
-    def _receive_one(self, stream: _Stream, frame: _Frame, target: memoryview, deadline_ns: int) -> None:
+    def _receive_one(self, stream: _Stream, frame: _Frame, targets: list[memoryview], deadline_ns: int) -> None:
         """Wait for the only answer. Raises OSError, MooncakeError: the stream is of no more use."""
-        buffers = [stream.header.data, target, stream.checksum.data.cast("B")][:3 if self._flags else 2]
+        buffers = [stream.header.data, *targets]
         total, received = sum(map(len, buffers)), 0
         stream.frames.append(frame)
         while received < total:
@@ -223,6 +226,9 @@ class TcpAttachment:
                 self._check_header(stream)
             received += count
         stream.frames.clear()
+
+    def _flags_of(self, batch: ReadBatch) -> int:
+        return 0 if batch.is_verified_later else self._flags
 
     def _number(self) -> int:
         self._next_frame_id = (self._next_frame_id + 1) & 0xFFFFFFFF
@@ -314,13 +320,13 @@ class TcpAttachment:
             window = slice(group.start, group.stop)
             frame = _Frame(self._number(), group)
             reads = np.column_stack((run.pieces.remote_offsets[window], run.pieces.lengths[window]))
-            request = Request(self._flags, frame.frame_id, group.stop - group.start, self._region.region_id)
+            request = Request(run.flags, frame.frame_id, group.stop - group.start, self._region.region_id)
             stream.outgoing += tcp_wire.pack_request(request, reads)
             stream.frames.append(frame)
         if stream.outgoing:
             stream.send()
         if stream.incoming is None and stream.frames:
-            stream.incoming = _Incoming(stream.frames[0], stream.header, run.pieces, self._flags)
+            stream.incoming = _Incoming(stream.frames[0], stream.header, run.pieces, run.flags)
 
     def _advance(self, stream: _Stream, run: _Run) -> None:
         """Send and receive what is possible now. Raises OSError, MooncakeError: the stream is of no more use."""

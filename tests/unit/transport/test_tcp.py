@@ -389,6 +389,19 @@ def test_a_flipped_byte_in_a_lone_read_is_noticed(wire):
     assert attachment.read(target.batch, deadline_ns=soon()).error is None
 
 
+@pytest.mark.parametrize("length", [50_000, 3_000_000])
+def test_what_the_caller_verifies_travels_without_checksums(wire, length):
+    proxy, attachment, owned = wire
+    target = Target(np.array([7]), np.array([length]))
+    target.batch = msgspec.structs.replace(target.batch, is_verified_later=True)
+    before = proxy.passed
+    assert attachment.read(target.batch, deadline_ns=soon()).error is None
+    assert proxy.passed - before == length + tcp_wire.HEADER_BYTES
+    proxy.flip_at = proxy.passed + 24 + 777
+    assert attachment.read(target.batch, deadline_ns=soon()).error is None
+    assert int((target.memory[:length] != owned.bytes[7:7 + length]).sum()) == 1
+
+
 @pytest.mark.parametrize("length", [100, 3_000_000])
 def test_an_answer_to_another_question_is_not_taken(length):
     """An owner that numbers its answers wrongly, or says another length."""
