@@ -8,6 +8,8 @@ reaches the engines byte for byte.
 
 from __future__ import annotations
 
+import array
+import sys
 from typing import Literal, TypeVar
 
 import msgspec
@@ -97,6 +99,28 @@ def read_ask(route: Route, data: bytes, *, min_split_tokens: int = 0) -> Ask | P
         prefix_hashes=prompt_chain(scope, prompt),
         colocated_reason=reason,
     )
+
+
+def token_ids_of(ask: Ask) -> bytes:
+    """Return the prompt's token ids, 32 bits each, little-endian; empty when it came as text or is no single prompt."""
+    prompt = bytes(ask.body.get("prompt", b""))
+    if ask.route != COMPLETIONS or prompt[:1] != b"[" or b'"' in prompt[:16]:
+        return b""
+    try:
+        token_ids = array.array("I", msgspec.json.decode(prompt, type=list[int]))
+    except (msgspec.MsgspecError, OverflowError):
+        return b""
+    if sys.byteorder == "big":
+        token_ids.byteswap()
+    return token_ids.tobytes()
+
+
+def cache_salt_of(ask: Ask) -> str:
+    """Return the client's cache salt; empty when it has none."""
+    try:
+        return _read(ask.body, "cache_salt", str) or ""
+    except msgspec.ValidationError:
+        return ""
 
 
 def prefill_body(ask: Ask, params: PrefillParams) -> bytes:

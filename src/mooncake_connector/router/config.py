@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 
 from mooncake_connector.router.admission import ServiceClass
+from mooncake_connector.router.index.blocks import CAPACITY_MAX
+from mooncake_connector.router.index.endpoints import EventSockets
 from mooncake_connector.router.messages import Role, Url
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
@@ -18,11 +20,12 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 PolicyName = Literal["joint", "mooncake_paper", "prefix", "least_loaded", "least_work", "round_robin", "random"]
 Key = Annotated[str, msgspec.Meta(min_length=8, max_length=512)]
+EngineName = Annotated[str, msgspec.Meta(min_length=1, max_length=512, pattern=r"^(\*|https?://[^\s/]+)$")]
 ClassName = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
 
 RESTART_ONLY = (
     "host", "port", "placement", "directory", "cell", "kv_token_bytes", "link_bytes_per_s", "has_pool",
-    "connect_timeout_s", "placement_ttl_s", "body_max_bytes", "connections_max",
+    "connect_timeout_s", "placement_ttl_s", "body_max_bytes", "connections_max", "kv_events", "index_blocks",
 )  # fmt: skip
 """Settings that a running router cannot change."""
 DEFAULT_CLASS = "default"
@@ -65,6 +68,10 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         tenants: holders of keys, by name: api_key, service_class. With any, requests without a known key get 401.
         admission_rule: package.module:function that is asked about every request, see docs/reference/http.md.
         has_pool: whether engines get cached prefixes from each other.
+        kv_events: where engines publish what they cache, by URL: endpoint, replay, num_ranks, topic, dialect. The name
+            * is for every engine that has no entry and does not tell; see docs/reference/http.md.
+        index_blocks: cached blocks that are remembered from these events, each engine's copy counted; some 100 bytes
+            each, taken at the start if there are any.
         kv_token_bytes: KV of one token, all layers, for predicting transfers.
         link_bytes_per_s: network bandwidth of one engine, each way.
         engine_api_key: sent when the router itself asks an engine something, and instead of a tenant's key; where
@@ -108,6 +115,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     tenants: Mapping[ClassName, Tenant] = {}
     admission_rule: str = ""
     has_pool: bool = False
+    kv_events: Mapping[EngineName, EventSockets] = {}
+    index_blocks: Annotated[int, msgspec.Meta(ge=1024, le=CAPACITY_MAX)] = 1_000_000
     kv_token_bytes: Count = 131_072
     link_bytes_per_s: Count = 12_500_000_000
     engine_api_key: str = ""

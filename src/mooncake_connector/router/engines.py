@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import msgspec
 
+from mooncake_connector.router.index.endpoints import EventSockets
 from mooncake_connector.router.messages import EngineKind, Role
 from mooncake_store.errors import CapacityExceeded, LocalProtocolError
 
@@ -82,6 +83,7 @@ class Introduction(msgspec.Struct, frozen=True):
         addresses: where its workers hand over KV, one per TP rank; empty without our connector.
         kind: whose engine it is; both engines of a hand-over are of one kind.
         half: the only leg it can serve, as SGLang's prefill and decode servers; empty when it can run whole requests.
+        events: where it publishes what it caches; None when it does not say.
     """
 
     models: tuple[str, ...]
@@ -89,6 +91,7 @@ class Introduction(msgspec.Struct, frozen=True):
     addresses: tuple[str, ...] = ()
     kind: EngineKind = "vllm"
     half: Half = ""
+    events: EventSockets | None = None
 
     @property
     def has_connector(self) -> bool:

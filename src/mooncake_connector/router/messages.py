@@ -23,10 +23,12 @@ ADDRESSES_MAX = 1024
 HASHES_MAX = 65_536
 ENGINES_EXCLUDED_MAX = 64
 TOKENS_MAX = 1 << 40
+TOKEN_BYTES = 4
 
 Url = Annotated[str, msgspec.Meta(min_length=1, max_length=URL_MAX_CHARS, pattern="^https?://[^\\s/]+$")]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_MAX_CHARS)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=TEXT_MAX_CHARS)]
+TokenIds = Annotated[bytes, msgspec.Meta(max_length=FRAME_MAX_BYTES)]
 Addresses = Annotated[tuple[Name, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
 Hash = Annotated[int, msgspec.Meta(ge=0)]
@@ -102,6 +104,9 @@ class Place(msgspec.Struct, frozen=True, array_like=True, tag="place"):
         prefix_hashes: chained hashes of the prompt's leading chunks, nearest the start first; any stable 64-bit hash
             will do as long as one client always uses the same.
         excluded: engines not to use, e.g. because they just failed.
+        token_ids: the prompt's token ids, 32 bits each, little-endian; lets the router use what engines tell of their
+            caches. Empty when the client has none.
+        cache_salt: what the client sends the engine as such; prompts with different salts share nothing.
     """
 
     request_id: Name
@@ -110,6 +115,8 @@ class Place(msgspec.Struct, frozen=True, array_like=True, tag="place"):
     model: Text = ""
     prefix_hashes: Hashes = ()
     excluded: ExcludedUrls = ()
+    token_ids: TokenIds = b""
+    cache_salt: Text = ""
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):

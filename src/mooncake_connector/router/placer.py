@@ -7,12 +7,13 @@ service for gateways elsewhere, and by the simulator: all see the same load and 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import msgspec
 
 from mooncake_connector.router.dialects.select import DIALECTS
 from mooncake_connector.router.engines import Engine, EngineTable, Introduction
+from mooncake_connector.router.index.told import Told
 from mooncake_connector.router.messages import Leg, Place, Placed, Refused
 from mooncake_connector.router.policy import (
     Choice,
@@ -60,6 +61,7 @@ class Placer:
         can_fetch: whether engines get prefixes from each other.
         is_index_told: whether somebody else tells the index what engines hold; otherwise an engine is believed to hold
             what it was sent.
+        told: what engines tell of their caches; None when none is asked.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Placer:
         chunk_tokens: int = 0,
         can_fetch: bool = False,
         is_index_told: bool = False,
+        told: Told | None = None,
     ) -> None:
         self.table = table
         self.predictor = predictor or Predictor()
@@ -82,6 +85,7 @@ class Placer:
         self._chunk_tokens = chunk_tokens
         self._can_fetch = can_fetch
         self._is_index_told = is_index_told
+        self._told = told
         self._open: dict[str, OpenPlacement] = {}
         self._roster = Roster(table)
         self._now_ns = 0
@@ -209,6 +213,8 @@ class Placer:
         is_new_life = self.table.introduce(url, introduction)
         if is_new_life:
             self._index.forget(url)
+            if self._told is not None:
+                self._told.forget(url)
         return is_new_life
 
     def remove(self, url: str) -> bool:
@@ -247,9 +253,14 @@ class Placer:
 
     def _refresh(self, place: Place, now_ns: int) -> None:
         chain = place.prefix_hashes
+        matches: Mapping[str, int] = self._index.match_all(chain)
+        chunk_tokens = self._chunk_tokens or (place.num_prompt_tokens / len(chain) if chain else 0.0)
+        if self._told is not None:
+            believed = {url: int(num_chunks * chunk_tokens) for url, num_chunks in matches.items()}
+            matches, chunk_tokens = self._told.correct(place, believed), 1.0
         self._roster.refresh(
-            self._index.match_all(chain),
-            chunk_tokens=self._chunk_tokens or (place.num_prompt_tokens / len(chain) if chain else 0.0),
+            matches,
+            chunk_tokens=chunk_tokens,
             num_prompt_tokens=place.num_prompt_tokens,
             now_ns=now_ns,
         )

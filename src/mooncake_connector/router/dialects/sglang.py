@@ -22,21 +22,33 @@ import msgspec
 from mooncake_connector.router.bodies import Ask
 from mooncake_connector.router.dialects.base import Probe, StreamFailure
 from mooncake_connector.router.engines import Introduction
+from mooncake_connector.router.index.endpoints import RANKS_MAX, EventSockets
 from mooncake_connector.router.messages import Bootstrap, EngineKind, Placed
 
+Port = Annotated[int, msgspec.Meta(ge=0, le=65_535)]
 _DROPPED_FROM_PREFILL = ("stream_options",)
 _FALSE = msgspec.Raw(b"false")
 _ERROR_EVENT = b'data: {"error"'
 _encoder = msgspec.json.Encoder()
 
 
+class _KvEvents(msgspec.Struct):
+    """How SGLang describes its publishers: ports, on the host that we know it by."""
+
+    endpoint_port_base: Port
+    replay_endpoint_port_base: Port = 0
+    dp_size: Annotated[int, msgspec.Meta(ge=1, le=RANKS_MAX)] = 1
+    topic: Annotated[str, msgspec.Meta(max_length=512)] = ""
+
+
 class _ServerInfo(msgspec.Struct):
     """The part of ``GET /server_info`` that we read; ``startup_time`` differs from life to life."""
 
     disaggregation_mode: Literal["null", "prefill", "decode"]
-    disaggregation_bootstrap_port: Annotated[int, msgspec.Meta(ge=0, le=65_535)] = 0
+    disaggregation_bootstrap_port: Port = 0
     random_seed: int | None = None
     startup_time: msgspec.Raw = msgspec.Raw(b"")
+    kv_events: _KvEvents | None = None
 
 
 class _Error(msgspec.Struct):
@@ -72,7 +84,14 @@ class SglangDialect:
         life = hashlib.blake2b(bytes(info.startup_time) + str(info.random_seed).encode(), digest_size=8).hexdigest()
         half = "" if info.disaggregation_mode == "null" else info.disaggregation_mode
         addresses = (f"{urlsplit(url).hostname}:{info.disaggregation_bootstrap_port}",) if half == "prefill" else ()
-        return Introduction(models=models, engine_id=f"sglang-{life}", addresses=addresses, kind=self.kind, half=half)
+        return Introduction(
+            models=models,
+            engine_id=f"sglang-{life}",
+            addresses=addresses,
+            kind=self.kind,
+            half=half,
+            events=None if info.kv_events is None else _sockets(info.kv_events),
+        )
 
     def pair(self, source: Introduction, transfer_id: str, placed: Placed) -> Placed:
         """Let both servers meet at the prefill server's bootstrap service."""
@@ -98,6 +117,14 @@ class SglangDialect:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             return None
         return StreamFailure(error.code, error.message)
+
+
+def _sockets(told: _KvEvents) -> EventSockets:
+    replay = f"tcp://*:{told.replay_endpoint_port_base}" if told.replay_endpoint_port_base else ""
+    endpoint = f"tcp://*:{told.endpoint_port_base}"
+    return EventSockets(
+        endpoint=endpoint, replay=replay, num_ranks=told.dp_size, topic=told.topic, dialect="sglang"
+    )
 
 
 def room_of(transfer_id: str) -> int:

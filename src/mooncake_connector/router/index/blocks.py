@@ -37,7 +37,7 @@ _ERA_BITS_AT = 40
 _LIVE = np.uint64(1 << 63)
 """What belongs to a name, in one word: row, stream, era (23 bits), whether the stream holds the block."""
 
-CAPACITY_MAX = 1 << 28
+CAPACITY_MAX = 100_000_000
 Rows = npt.NDArray[np.intp]
 Depths = npt.NDArray[np.uint32]
 

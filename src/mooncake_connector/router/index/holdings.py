@@ -84,6 +84,7 @@ class Holdings:
         self._streams: dict[Source, _Stream] = {}
         self._sources: dict[int, Source] = {}
         self._loras: set[str] = set()
+        self._told: frozenset[str] | None = None
 
     # ------------------------------------------------------------------ questions
 
@@ -116,10 +117,13 @@ class Holdings:
         stream = self._streams.get(source)
         return stream is None or stream.is_partial or stream.sequencer.is_stale
 
-    def is_told(self, url: str) -> bool:
-        """Tell whether an engine is known by its events: all of its streams are, and none is stale."""
-        stale = [self.is_stale(source) for source in self._streams if source.url == url]
-        return bool(stale) and not any(stale)
+    @property
+    def told(self) -> frozenset[str]:
+        """Return the engines that are known by their events: all of their streams are followed, and none is stale."""
+        if self._told is None:
+            stale = {source.url for source in self._streams if self.is_stale(source)}
+            self._told = frozenset(source.url for source in self._streams) - stale
+        return self._told
 
     @property
     def num_stale(self) -> int:
@@ -137,6 +141,7 @@ class Holdings:
         if source not in self._streams:
             stream = self._streams[source] = _Stream(dialect, self._intake.open(), self._fill_timeout_ns)
             self._sources[stream.life.stream] = source
+            self._told = None
 
     def remove(self, source: Source) -> None:
         """Follow a stream no longer, and forget what its engine holds."""
@@ -144,6 +149,7 @@ class Holdings:
         if stream is not None:
             del self._sources[stream.life.stream]
             self._intake.close(stream.life)
+            self._told = None
 
     def on_connected(self, source: Source, *, now_ns: int) -> Ask | None:
         """The stream's live socket was connected, for the first time or again."""
@@ -191,6 +197,7 @@ class Holdings:
             evicted = self._sources.get(number)
             if evicted is not None:
                 self._streams[evicted].is_partial = True
+                self._told = None
         return asks
 
     @property
@@ -206,6 +213,8 @@ class Holdings:
 
     def _carry_out(self, source: Source, stream: _Stream, steps: Sequence[Apply[Batch] | Clear | Ask]) -> Ask | None:
         ask = None
+        if source.url not in self.told or stream.sequencer.is_stale:
+            self._told = None  # it may become known, or no longer be
         for step in steps:
             if isinstance(step, Apply):
                 self._apply(source, stream, step.batch)
@@ -238,6 +247,7 @@ class Holdings:
         if not is_placed:
             self.counts["orphans"] += len(event.hashes)
             stream.is_partial = True
+            self._told = None
 
     def _clear(self, source: Source, stream: _Stream) -> None:
         """Begin a new life, with nothing held."""
