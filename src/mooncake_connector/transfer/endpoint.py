@@ -35,11 +35,16 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerEndpoint:
-    """One worker's end of everything. Threads: one, the engine's model thread."""
+    """One worker's end of everything. Threads: one, the engine's model thread.
 
-    def __init__(self, config: ConnectorConfig, *, engine_id: str, rank: int, cache: CacheMemory) -> None:
+    Args:
+        metrics: where to count; None makes its own.
+    """
+
+    def __init__(self, config: ConnectorConfig, *, engine_id: str, rank: int, cache: CacheMemory,
+                 metrics: Metrics | None = None) -> None:
         self._plan = StepPlan(is_empty=True)
-        self._metrics = Metrics(STORE_METRICS, CONNECTOR_METRICS)
+        self._metrics = metrics if metrics is not None else Metrics(STORE_METRICS, CONNECTOR_METRICS)
         if not config.pool:
             config = msgspec.structs.replace(config, directory="off", segment_bytes=0)
         seconds = sum(populate(cache.address + span.offset, span.length) for span in cache.mapped)

@@ -52,6 +52,17 @@ def require_features() -> None:
                           hint="use SGLang 0.5.23; docs/compatibility.md lists what was run")
 
 
+def skip_early_send() -> None:
+    """Have a cached prefix handed over with the first chunk, not ahead of it.
+
+    Under overlap scheduling SGLang marks what it sends ahead with a CUDA event, which a CPU build of torch has not, and
+    whose pass we would have to wait for (disaggregation/prefill.py maybe_send_cached_prefix_chunk).
+    """
+    from sglang.srt.environ import envs
+
+    envs.SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX.set(False)
+
+
 def add_transfer_backend(name: str, classes: Classes) -> None:
     """Make SGLang know a transfer backend under a name of its own. Idempotent.
 

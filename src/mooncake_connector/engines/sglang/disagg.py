@@ -28,6 +28,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.engines.sglang import compat, describe
+from mooncake_connector.engines.sglang.counters import process_metrics
 from mooncake_connector.engines.sglang.rows import MetadataRows
 from mooncake_connector.transfer.endpoint import WorkerEndpoint
 from mooncake_connector.transfer.steps import Announced, Expected, Finished, HandoffLoad, PrefillStep, StepPlan
@@ -67,6 +68,7 @@ class PullManager(CommonKVManager):
     def __init__(self, args: KVArgs, disaggregation_mode: DisaggregationMode, server_args: ServerArgs,
                  is_mla_backend: bool = False) -> None:
         compat.require_features()
+        compat.skip_early_send()
         set_up_logging()
         config = load_config(ConnectorConfig)
         set_up_logging(config.log_level)
@@ -79,7 +81,8 @@ class PullManager(CommonKVManager):
         self._incoming: dict[int, int] = {}
         self._collected_ns = 0
         self._endpoint = WorkerEndpoint(msgspec.structs.replace(config, pool=False),
-                                        engine_id=f"sglang-{os.getpid()}", rank=0, cache=cache)
+                                        engine_id=f"sglang-{os.getpid()}", rank=0, cache=cache,
+                                        metrics=process_metrics())
         super().__init__(args, disaggregation_mode, server_args, is_mla_backend)
         if disaggregation_mode == DisaggregationMode.DECODE:
             self._start_heartbeat_checker_thread()
@@ -101,20 +104,13 @@ class PullManager(CommonKVManager):
         return True
 
     def add_transfer_request(self, bootstrap_room: int, kv_indices: Sequence[int], index_slice: slice,
-                             is_last_chunk: bool, *, aux_index: int | None = None, wait_event: object = None,
-                             **more: Any) -> None:
-        """Publish a chunk whose KV is final; with the last one, the metadata row.
-
-        ``wait_event``: an earlier forward pass may still write these pages, a cached prefix that is sent early. They
-        are published with the next chunk, which comes after that pass.
-        """
+                             is_last_chunk: bool, *, aux_index: int | None = None, **more: Any) -> None:
+        """Publish a chunk whose KV is final; with the last one, the metadata row."""
         sent = self._outgoing.get(bootstrap_room)
         if sent is None or sent.is_whole:
             return
         sent.page_ids += [int(page) for page in kv_indices]
         sent.is_whole = is_last_chunk
-        if wait_event is not None and not is_last_chunk:
-            return
         before, sent.num_published = sent.num_published, len(sent.page_ids)
         name, size = str(bootstrap_room), self._page_size
         note = None if aux_index is None else self._rows.read(aux_index)

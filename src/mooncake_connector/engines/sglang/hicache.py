@@ -20,14 +20,13 @@ from sglang.srt.runtime_context import get_server_args
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.engines.sglang import describe
+from mooncake_connector.engines.sglang.counters import process_metrics
 from mooncake_connector.engines.sglang.names import PageNames
-from mooncake_connector.metrics import CONNECTOR_METRICS
 from mooncake_connector.transfer.pool import Locate, PoolBlocks
 from mooncake_store.client import Scatter, StoreClient
 from mooncake_store.config import load_config
 from mooncake_store.errors import ConfigError, LocalProtocolError
 from mooncake_store.log import set_up_logging
-from mooncake_store.metrics import STORE_METRICS, Metrics
 
 if TYPE_CHECKING:
     import torch
@@ -62,7 +61,7 @@ class PoolStorage(HiCacheStorage):
                               hint='add "interface_v1": 1; without it SGLang copies every page twice')
         self._rank = storage_config
         self._require_supported()
-        self._metrics = Metrics(STORE_METRICS, CONNECTOR_METRICS)
+        self._metrics = process_metrics()
         self._names: PageNames | None = None
         self._client: StoreClient | None = None
         self._blocks: PoolBlocks | None = None

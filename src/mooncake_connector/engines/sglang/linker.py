@@ -25,8 +25,8 @@ from sglang.srt.runtime_context import get_parallel
 
 from mooncake_connector.config import ConnectorConfig
 from mooncake_connector.engines.sglang import compat, describe
+from mooncake_connector.engines.sglang.counters import process_metrics
 from mooncake_connector.engines.sglang.names import PageNames
-from mooncake_connector.metrics import CONNECTOR_METRICS
 from mooncake_connector.transfer.holds import Holds
 from mooncake_connector.transfer.memory import PageReader
 from mooncake_connector.transfer.pool import PoolBlocks
@@ -36,7 +36,6 @@ from mooncake_store.client import StoreClient
 from mooncake_store.config import load_config
 from mooncake_store.errors import ConfigError
 from mooncake_store.log import set_up_logging
-from mooncake_store.metrics import STORE_METRICS, Metrics
 from mooncake_store.types import BlockKey
 
 if TYPE_CHECKING:
@@ -83,7 +82,7 @@ class PoolLinker(UnifiedCacheLinker):
         self._saved: set[str] = set()
         self._num_offloads = 0
         self._accepted: set[str] = set()
-        metrics = Metrics(STORE_METRICS, CONNECTOR_METRICS)
+        metrics = process_metrics()
         self._client = StoreClient(config, kind="engine", metrics=metrics)
         self._blocks = PoolBlocks(self._client, metrics=metrics, timeout_s=config.pull_timeout_s,
                                   min_blocks=config.load_min_blocks)
