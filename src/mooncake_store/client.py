@@ -38,7 +38,7 @@ from mooncake_store.pull.base import GetOutcome, PeerAddress, Runs, Scatter
 from mooncake_store.pull.puller import Puller
 from mooncake_store.pull.replication import Replicator, ReplicatorHooks
 from mooncake_store.pull.server import OfferAnswer, PullServer, ServerHooks
-from mooncake_store.pull.wire import INLINE_MAX_BYTES, TEXT_MAX_CHARS, Hello, Offer, Welcome
+from mooncake_store.pull.wire import FETCH_MAX_BYTES, TEXT_MAX_CHARS, Hello, Offer, Welcome
 from mooncake_store.transport.base import RegionDescriptor
 from mooncake_store.transport.media import Media
 from mooncake_store.transport.memory import map_memfd
@@ -87,17 +87,19 @@ class StoreClient:
             self._segment = self._open_segment()
             region = self._serve_segment()
             host = self.media.identity()
+            fetch_max_bytes = 0 if config.tls_cert else FETCH_MAX_BYTES  # nothing encrypts what is fetched
             self._server = PullServer(
                 host=config.host, welcome=Welcome(0, self.node_id, host, __version__, region),
                 source=self._segment, lease_max_ms=max(1, int(config.lease_s * 1000)),
-                inline_max_bytes=0 if config.tls_cert else INLINE_MAX_BYTES, metrics=self.metrics,
+                fetch_max_bytes=fetch_max_bytes, metrics=self.metrics,
                 hooks=ServerHooks(on_offer, self._on_dropped, self._describe))
             self._closers.append(self._server.close)
             self.directory = directory if directory is not None else open_directory(config, self.metrics)
             self._closers.append(self.directory.close if directory is None else self._withdraw_all)
             own = PeerAddress(self.node_id, self._server.address, host)
             self._puller = Puller(hello=Hello(0, self.node_id, host, __version__), cell=self.directory,
-                                  media=self.media, config=config, metrics=self.metrics)
+                                  media=self.media, config=config, fetch_max_bytes=fetch_max_bytes,
+                                  metrics=self.metrics)
             self._closers.append(self._puller.close)
             self._replicator = Replicator(own=own, cell=self.directory, metrics=self.metrics,
                                           hooks=ReplicatorHooks(self._segment.lengths, self._tick))

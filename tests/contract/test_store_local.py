@@ -31,8 +31,8 @@ from mooncake_store.directory.memory import MemoryCell, MemoryDirectory
 from mooncake_store.errors import LocalProtocolError, PeerUnreachable, RemoteProtocolError
 from mooncake_store.metrics import Metrics
 from mooncake_store.node import StoreNode
-from mooncake_store.pull import wire
-from mooncake_store.pull.base import Scatter
+from mooncake_store.pull import fetch, wire
+from mooncake_store.pull.base import GetOutcome, Scatter
 from mooncake_store.pull.control import query_status
 from mooncake_store.transport.faults import FaultPlan, FaultyTransport
 from mooncake_store.transport.media import Media
@@ -168,25 +168,62 @@ def small_put(client, number, size_bytes=4096):
     assert client.put([key_of(number)], [pieces]) == [True]
 
 
-def test_small_blocks_come_with_the_answer_and_are_verified_like_others(cell):
+def test_small_blocks_come_with_the_answer_and_leave_no_lease(cell):
     owner, reader = cell.client(), cell.client()
-    for number, size_bytes in ((1, 4096), (2, wire.INLINE_MAX_BYTES), (3, wire.INLINE_MAX_BYTES + 8), (4, 4096)):
+    for number, size_bytes in ((1, 4096), (2, wire.FETCH_MAX_BYTES), (3, wire.FETCH_MAX_BYTES + 8)):
         small_put(owner, number, size_bytes)
+    assert small_get(reader, 1)[0].medium == "shm", "the first opens the connection"
+    wait_for(lambda: owner.status().get('mooncake_leases_total{result="released"}') == 1)
     outcome, is_right = small_get(reader, 1)
     assert (outcome.result, outcome.medium, outcome.num_bytes, is_right) == ("ok", "inline", 4096, True)
-    assert small_get(reader, 2, wire.INLINE_MAX_BYTES) == (outcome._replace(num_bytes=wire.INLINE_MAX_BYTES), True)
-    assert owner._segment.num_in_use() == (0, 0) and owner.status().get("mooncake_leases_active", 0) == 0
-    outcome, is_right = small_get(reader, 3, wire.INLINE_MAX_BYTES + 8)
+    outcome, is_right = small_get(reader, 2, wire.FETCH_MAX_BYTES)
+    assert outcome.medium == "inline" and is_right
+    assert owner.status()["mooncake_leases_active"] == 0 and owner._segment.num_in_use() == (0, 0)
+    outcome, is_right = small_get(reader, 3, wire.FETCH_MAX_BYTES + 8)
     assert outcome.medium == "shm" and is_right
-    flip_byte(owner, 4, offset=2000)
-    assert small_get(reader, 4)[0].result == "corrupt"
-    wait_for(lambda: not owner.has(key_of(4)), what="the owner drops the block")
-    outcome, is_right = small_get(reader, 1, 2048)
-    assert outcome.result == "failed" and "4096 bytes" in outcome.reason and not is_right
-    owner._segment.drop(key_of(1))
-    assert small_get(reader, 1)[0].result == "miss"
-    status = owner.status()
-    assert [status[f'mooncake_leases_total{{result="{result}"}}'] for result in ("inline", "released")] == [4, 1]
+    wait_for(lambda: owner.status()['mooncake_leases_total{result="released"}'] == 2)
+    assert reader.status()['mooncake_pull_bytes_total{medium="inline"}'] == 4096 + wire.FETCH_MAX_BYTES
+
+
+def test_what_a_small_block_ends_as_is_found_out_by_the_road_with_leases(cell):
+    owner, reader = cell.client(), cell.client()
+    for number in (1, 2, 3, 4):
+        small_put(owner, number)
+    assert small_get(reader, 1)[0].result == "ok"
+    flip_byte(owner, 2, offset=2000)
+    assert small_get(reader, 2)[0].result == "corrupt"
+    wait_for(lambda: not owner.has(key_of(2)), what="the owner drops the block")
+    outcome, _ = small_get(reader, 3, 2048)
+    assert outcome.result == "failed" and "4096 bytes" in outcome.reason
+    owner._segment.drop(key_of(3))
+    assert small_get(reader, 3)[0].result == "miss"
+    assert small_get(reader, 4) == (GetOutcome("ok", "inline", 4096, ""), True), "and the shortcut is still there"
+
+
+def test_an_owner_too_slow_to_be_fetched_from_is_asked_for_a_lease(cell, monkeypatch):
+    owner, reader = cell.client(), cell.client()
+    small_put(owner, 1)
+    assert small_get(reader, 1)[0].medium == "shm"
+    monkeypatch.setattr(fetch, "WAIT_MAX_NS", 0)
+    for _ in range(20):  # what was fetched arrives late, in the middle of other conversations
+        outcome, is_right = small_get(reader, 1)
+        assert (outcome.result, outcome.medium, is_right) == ("ok", "shm", True)
+    monkeypatch.undo()
+    assert small_get(reader, 1)[0].medium == "inline" and reader._puller.num_links() == 1
+
+
+def test_a_block_with_two_holders_is_fetched_from_one_that_is_left(cell):
+    owners, reader = [cell.client(), cell.client()], cell.client()
+    for owner in owners:
+        small_put(owner, 1)
+        small_put(owner, 100 + owners.index(owner))
+    assert [small_get(reader, number)[0].result for number in (100, 101)] == ["ok", "ok"]
+    assert small_get(reader, 1)[0].medium == "inline"
+    owners[0].close()
+    owners[0].directory.close()
+    for _ in range(3):
+        outcome, is_right = small_get(reader, 1)
+        assert outcome.result == "ok" and is_right
 
 
 def test_under_tls_no_block_comes_with_an_answer_which_nothing_encrypts(cell):
@@ -195,13 +232,12 @@ def test_under_tls_no_block_comes_with_an_answer_which_nothing_encrypts(cell):
     config = cell.config(media=("tcp",), **tls)
     owner, reader = (cell._keep(StoreClient(config, directory=MemoryDirectory(cell.memory))) for _ in range(2))
     small_put(owner, 1)
-    outcome, is_right = small_get(reader, 1)
-    assert outcome.medium == "tcp" and is_right
+    for _ in range(2):
+        outcome, is_right = small_get(reader, 1)
+        assert outcome.medium == "tcp" and is_right
     with RawPeer(owner.address) as peer:
-        peer.send(wire.Hello(1, "curious", HostIdentity("x", 1), "0"))
-        peer.receive()
-        peer.send(wire.Acquire(2, (key_of(1),), 100, wire.INLINE_MAX_BYTES))
-        assert peer.receive().entries[0].data == b""
+        peer.send(wire.Fetch(2, (key_of(1),)))
+        assert peer.receive() == wire.Denied(2, "too_large")
 
 
 def test_a_false_report_costs_the_owner_nothing(cell):
@@ -405,7 +441,7 @@ def test_garbage_is_answered_counted_and_survived(cell):
     put(owner, [1])
     with RawPeer(owner.address) as peer:
         for garbage in (b"", b"\x03\xff\xff", b"\x01abc", wire.encode(wire.Renewed(1, 1, 1)),
-                        wire.encode(wire.Acquire(7, (b"k",), 100, 0))):
+                        wire.encode(wire.Acquire(7, (b"k",), 100))):
             peer.send_bytes(garbage)
         reasons = [peer.receive().reason for _ in range(5)]
         assert reasons == ["malformed", "malformed", "version", "unexpected", "hello_first"]
@@ -425,7 +461,7 @@ def test_one_leaking_reader_cannot_take_all_leases(cell):
         peer.send(wire.Hello(1, "leak", HostIdentity("h", 1), "0"))
         peer.receive()
         for number in range(5):
-            peer.send(wire.Acquire(number, (key_of(1),), 60_000, 0))
+            peer.send(wire.Acquire(number, (key_of(1),), 60_000))
         kinds = [type(peer.receive()).__name__ for _ in range(5)]
         assert kinds == ["Granted"] * 3 + ["Denied"] * 2
         assert results(get(reader, [1])) == ["ok"]

@@ -75,7 +75,7 @@ def _again(decode: Callable[[bytes], Any], encode: Callable[[Any], bytes]) -> Ca
 # ------------------------------------------------------------------------------------------------ the store's messages
 PULL = (
     wire.Hello(1, "engine-a", HOST, "0.1"), wire.Welcome(1, "engine-a", HOST, "0.1", REGION),
-    wire.Acquire(2, KEYS, 5000, 4096), wire.Granted(2, 0, 5000, (wire.BlockEntry(0, 3, 99, b"abc"), None)),
+    wire.Acquire(2, KEYS, 5000), wire.Fetch(2, KEYS), wire.Fetched(2, (wire.FetchedBlock(99, b"abc"), None)),
     wire.Granted(2, 3, 5000, (wire.BlockEntry(4096, 10_000, 99), None, wire.BlockEntry(1 << 30, 1, 7))),
     wire.Denied(2, "busy", "later"), wire.Renew(3, 3, 5000), wire.Renewed(3, 3, 5000), wire.Release(3),
     wire.Report(KEYS[0], 1), wire.Offer(4, "n", "tcp://h:1", HOST, KEYS[:2], (10, 20)), wire.Accepted(4, 1, 0),

@@ -8,9 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from mooncake_store.pull.session import TRANSITIONS, Event, State
 from mooncake_store.pull.wire import Accepted, Denied, Granted, Renewed
-from mooncake_store.testing.session import BLOCK_BYTES, SMALL_BYTES, SessionModel
+from mooncake_store.testing.session import SessionModel
 
-SIZES = (BLOCK_BYTES, SMALL_BYTES)
 RESULTS = st.lists(st.sampled_from(["ok", "corrupt", "failed"]), min_size=1, max_size=4)
 
 
@@ -20,9 +19,9 @@ class SessionMachine(RuleBasedStateMachine):
         self.model = SessionModel()
 
     @precondition(lambda self: self.model.can_begin)
-    @rule(num_blocks=st.integers(1, 9), timeout_ms=st.integers(1, 5000), block_bytes=st.sampled_from(SIZES))
-    def begin(self, num_blocks, timeout_ms, block_bytes):
-        self.model.begin(num_blocks, timeout_ns=timeout_ms * 1_000_000, block_bytes=block_bytes)
+    @rule(num_blocks=st.integers(1, 9), timeout_ms=st.integers(1, 5000))
+    def begin(self, num_blocks, timeout_ms):
+        self.model.begin(num_blocks, timeout_ns=timeout_ms * 1_000_000)
 
     @precondition(lambda self: self.model.questions and not self.model.is_dropped)
     @rule(held=st.lists(st.booleans(), max_size=4))

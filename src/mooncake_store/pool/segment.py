@@ -169,7 +169,8 @@ class Segment:
         """Let blocks go; of those now unused the last leaves first."""
         with self._lock:
             self._index.unpin(blocks)
-            self._idle.notify_all()
+            if self._index.is_closed:
+                self._idle.notify_all()
 
     def bytes_of(self, block: StoredBlock) -> bytes:
         """Return a copy of a pinned block's image."""

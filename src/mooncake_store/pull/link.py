@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import logging
 import select
+import time
+from collections.abc import Sequence
 from typing import Protocol
 
 from mooncake_store.errors import MooncakeError
 from mooncake_store.pull.base import PeerAddress
 from mooncake_store.pull.channel import Channel
 from mooncake_store.pull.session import PeerSession
-from mooncake_store.pull.wire import Message
+from mooncake_store.pull.wire import Denied, Fetch, Fetched, FetchedBlock, Message
 from mooncake_store.transport.base import Attachment, RegionDescriptor
+from mooncake_store.types import BlockKey
 
 logger = logging.getLogger(__name__)
+
+_FIRST_FETCH = 1 << 48  # the session numbers its own questions from 1
 
 
 class Attacher(Protocol):
@@ -39,12 +44,13 @@ class PeerLink:
         self.session = session
         self.attachment: Attachment | None = None
         self.channel = Channel.connect(peer.control)
-        self._idle = select.poll()
-        self._idle.register(self.channel.fd, select.POLLIN)
+        self._last_fetch = _FIRST_FETCH
+        self._poller = select.poll()
+        self._poller.register(self.channel.fd, select.POLLIN)
 
     def lost_reason(self) -> str:
         """Return why an idle link is broken; empty while it is not. What else has come in waits to be taken."""
-        return self.exchange() if self._idle.poll(0) else ""
+        return self.exchange() if self._poller.poll(0) else ""
 
     def send(self, message: Message) -> None:
         """Send a message as far as the connection takes it now. Whether it is broken, ``exchange`` says."""
@@ -64,6 +70,25 @@ class PeerLink:
         except OSError as error:
             return f"the connection broke: {error}"
         return ""
+
+    def fetch(self, keys: Sequence[BlockKey], *, until_ns: int) -> Sequence[FetchedBlock | None] | None:
+        """Ask for small blocks and wait for the answer; None when there is none in time, or a refusal.
+
+        An answer that comes later is ignored by the session, as every answer to a question it did not ask.
+
+        Raises:
+            OSError: the connection is broken.
+            WireError: the peer sent what cannot be decoded.
+        """
+        self._last_fetch += 1
+        request_id = self._last_fetch
+        self.channel.send(Fetch(request_id, tuple(keys)))
+        while (remaining_ns := until_ns - time.monotonic_ns()) > 0 and self._poller.poll(remaining_ns / 1e6):
+            self.channel.receive()
+            while (message := self.channel.take()) is not None:
+                if isinstance(message, Fetched | Denied) and message.request_id == request_id:
+                    return message.blocks if isinstance(message, Fetched) else None
+        return None
 
     def attach(self, media: Attacher, region: RegionDescriptor, *, deadline_ns: int) -> str:
         """Open the peer's region; return why not, empty when it is open."""

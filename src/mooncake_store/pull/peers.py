@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from mooncake_store.pull.base import PeerAddress
 from mooncake_store.pull.link import PeerLink
@@ -81,6 +81,20 @@ class Peers:
             for broken in dead:
                 broken.close()
 
+    def take_idle(self, candidates: Sequence[NodeId], num_bytes: int, *, own_host: HostIdentity,
+                  now_ns: int) -> PeerLink | None:
+        """Take a link that is open to one of these peers, near ones first, and book ``num_bytes``; None if none is."""
+        with self._lock:
+            found = [peer for node_id in candidates if (peer := self._peers.get(node_id)) is not None
+                     and peer.idle and peer.blamed_until_ns <= now_ns]
+            if not found or self._is_over(num_bytes):
+                return None
+            peer = found[0] if len(found) == 1 else min(
+                found, key=lambda peer: (peer.idle[-1][1].peer.host != own_host, peer.outstanding_bytes))
+            _, link = peer.idle.pop()
+            self._book(peer, num_bytes)
+            return link
+
     def end(self, link: PeerLink, num_bytes: int, *, is_reusable: bool) -> None:
         """Give a link back, or close it."""
         node_id = link.peer.node_id
@@ -130,8 +144,7 @@ class Peers:
             link.close()
 
     def _try_begin(self, address: PeerAddress, num_bytes: int, dead: list[PeerLink]) -> PeerLink | None:
-        is_over = self._inflight_bytes and self._inflight_bytes + num_bytes > self._inflight_max_bytes
-        if self._is_closed or is_over:
+        if self._is_over(num_bytes):
             return None
         peer = self._peer(address.node_id)
         link: PeerLink | None = None
@@ -147,9 +160,16 @@ class Peers:
                 return None
             link = self._connect(address)
             peer.num_links += 1
+        self._book(peer, num_bytes)
+        return link
+
+    def _is_over(self, num_bytes: int) -> bool:
+        """Tell whether so much more may not be asked for now."""
+        return self._is_closed or 0 < self._inflight_bytes > self._inflight_max_bytes - num_bytes
+
+    def _book(self, peer: _Peer, num_bytes: int) -> None:
         peer.outstanding_bytes += num_bytes
         self._inflight_bytes += num_bytes
-        return link
 
     def _peer(self, node_id: NodeId) -> _Peer:
         peer = self._peers.get(node_id)

@@ -107,7 +107,8 @@ def plan_pull(wants: Sequence[Want], holders: Sequence[Collection[NodeId]], peer
             reasons = [peers[peer].blocked_reason for peer in holding if peer in peers]
             unavailable.append((want.position, reasons[0] if reasons else "no replica"))
             continue
-        chosen = min(usable, key=lambda peer: (not peers[peer].is_same_host, load[peer] // BALANCE_STEP_BYTES, peer))
+        chosen = usable[0] if len(usable) == 1 else min(
+            usable, key=lambda peer: (not peers[peer].is_same_host, load[peer] // BALANCE_STEP_BYTES, peer))
         load[chosen] += want.num_bytes
         groups.setdefault(chosen, []).append(want)
     # Remote peers first: their answers take longest, and same-host copies fill the wait.

@@ -3,6 +3,7 @@
 Architecture::
 
     Puller       one per process: peers, stale entries, what is tried and how often
+      ├─ Fetcher   (fetch.py)   small blocks, in one question and answer, when all is well
       └─ PullRound (round.py)   one plan carried out in the caller's thread, all its peers at the same time
            └─ PeerLink -> PeerSession (pure) -> instructions
 
@@ -20,12 +21,13 @@ from collections.abc import Sequence
 from mooncake_store.config import StoreConfig
 from mooncake_store.metrics import Metrics
 from mooncake_store.pull.base import Cell, GetOutcome, PeerAddress, Pulled, Runs
+from mooncake_store.pull.fetch import Fetcher
 from mooncake_store.pull.link import Attacher, PeerLink
 from mooncake_store.pull.peers import Peers
 from mooncake_store.pull.planner import StaleEntries, Want, plan_pull
 from mooncake_store.pull.round import PullRound
 from mooncake_store.pull.session import PeerSession
-from mooncake_store.pull.wire import INLINE_MAX_BYTES, Hello
+from mooncake_store.pull.wire import Hello
 from mooncake_store.types import BlockKey, NodeId
 
 ANSWER_TIMEOUT_NS = 1_000_000_000
@@ -44,16 +46,20 @@ class Puller:
         cell: who holds what.
         media: what opens a peer's region.
         config: timeouts and bounds.
+        fetch_max_bytes: blocks that together have no more are fetched, without a lease.
         metrics: where to count.
     """
 
-    def __init__(self, *, hello: Hello, cell: Cell, media: Attacher, config: StoreConfig, metrics: Metrics) -> None:
+    def __init__(self, *, hello: Hello, cell: Cell, media: Attacher, config: StoreConfig, fetch_max_bytes: int,
+                 metrics: Metrics) -> None:
         self._hello = hello
         self._cell = cell
         self._media = media
         self._config = config
         self._metrics = metrics
         self._peers = Peers(self._connect, inflight_max_bytes=config.inflight_max_bytes)
+        self._fetcher = Fetcher(self._peers, own_host=hello.host, max_bytes=fetch_max_bytes,
+                                is_verifying=config.checksum, metrics=metrics)
         self._stale = StaleEntries(lifetime_ns=STALE_NS)
         self._stale_lock = threading.Lock()
         self._closing = threading.Event()
@@ -70,9 +76,13 @@ class Puller:
         """
         now_ns = time.monotonic_ns()
         deadline_ns = min(deadline_ns, now_ns + int(self._config.pull_timeout_s * 1e9))
-        wants = [Want(position, key, sum(length for _, length in runs))
+        holders = [[source.node_id] for _ in keys] if source is not None else self._holders(keys, now_ns)
+        fetched = self._fetcher.fetch(keys, targets, holders, now_ns=now_ns, deadline_ns=deadline_ns)
+        if fetched is not None:
+            return fetched
+        wants = [Want(position, key, sum([length for _, length in runs]))
                  for position, (key, runs) in enumerate(zip(keys, targets, strict=True))]
-        addresses, holders = self._whereabouts(keys, source, now_ns)
+        addresses = self._addresses(holders, source)
         results: list[Pulled] = [MISS] * len(keys)
         for number in range(ROUNDS_MAX):
             candidates = [holders[want.position] for want in wants]
@@ -115,23 +125,23 @@ class Puller:
         hello = self._hello
         session = PeerSession(peer, node_id=hello.node_id, host=hello.host, version=hello.version,
                               lease_ttl_ms=max(1, int(self._config.lease_s * 1000)),
-                              answer_timeout_ns=ANSWER_TIMEOUT_NS,
-                              inline_max_bytes=0 if self._config.tls_cert else INLINE_MAX_BYTES)
+                              answer_timeout_ns=ANSWER_TIMEOUT_NS)
         return PeerLink(peer, session)
 
-    def _whereabouts(self, keys: Sequence[BlockKey], source: PeerAddress | None,
-                     now_ns: int) -> tuple[dict[NodeId, PeerAddress], list[list[NodeId]]]:
-        if source is not None:
-            return {source.node_id: source}, [[source.node_id] for _ in keys]
+    def _holders(self, keys: Sequence[BlockKey], now_ns: int) -> list[list[NodeId]]:
+        """Return whom to ask for each key: members other than us that are not known to have lost it."""
         own, members = self._hello.node_id, self._cell.members()
         located = self._cell.locate(keys)
         with self._stale_lock:
-            holders = [[node for node in nodes if node != own and node in members
-                        and not self._stale.holds(node, key, now_ns)]
-                       for key, nodes in zip(keys, located, strict=True)]
-        addresses = {node: PeerAddress(node, members[node].control, members[node].host)
-                     for node in {node for nodes in holders for node in nodes}}
-        return addresses, holders
+            return [[node for node in nodes if node != own and node in members
+                     and not self._stale.holds(node, key, now_ns)] for key, nodes in zip(keys, located, strict=True)]
+
+    def _addresses(self, holders: Sequence[Sequence[NodeId]], source: PeerAddress | None) -> dict[NodeId, PeerAddress]:
+        if source is not None:
+            return {source.node_id: source}
+        members = self._cell.members()
+        return {node: PeerAddress(node, members[node].control, members[node].host)
+                for node in {node for nodes in holders for node in nodes} if node in members}
 
     def _remember_stale(self, entries: Sequence[tuple[NodeId, BlockKey]]) -> None:
         now_ns = time.monotonic_ns()

@@ -23,16 +23,13 @@ from mooncake_store.pull.base import GetOutcome, PeerAddress, Pulled, Runs
 from mooncake_store.pull.link import Attacher, PeerLink
 from mooncake_store.pull.peers import Peers
 from mooncake_store.pull.planner import Batch
-from mooncake_store.pull.session import Attach, Drop, Finish, Instruction, Read, Send, Settle, Verdict
+from mooncake_store.pull.session import Attach, Drop, Finish, Instruction, Read, ReadItem, Send, Settle, Verdict
 from mooncake_store.pull.wire import WireError
 from mooncake_store.transport.base import ReadBatch
 from mooncake_store.transport.checksum import checksum_of, is_comparable
-from mooncake_store.transport.tcp_stream import SPACE
 from mooncake_store.types import BlockKey, NodeId
 
 POLL_MAX_MS = 50
-INLINE = "inline"
-"""What is named as the medium of bytes that came with the owner's answer."""
 
 
 class RoundResult(NamedTuple):
@@ -43,14 +40,13 @@ class RoundResult(NamedTuple):
 
 
 class _Active:
-    """One batch under way on one link; ``events`` is what its connection is polled for."""
+    """One batch under way on one link."""
 
-    __slots__ = ("batch", "events", "link", "read")
+    __slots__ = ("batch", "link", "read")
 
     def __init__(self, batch: Batch, link: PeerLink) -> None:
         self.batch = batch
         self.link = link
-        self.events = 0
         self.read: Read | None = None
 
 
@@ -73,7 +69,6 @@ class PullRound:
         self._metrics = metrics
         self._is_verifying = is_verifying
         self._closing = closing
-        self._poller = select.poll()
         self._waiting: dict[NodeId, deque[Batch]] = {}
         self._active: dict[int, _Active] = {}  # by the connection's descriptor; at most one of each peer
         self._busy: set[NodeId] = set()
@@ -124,30 +119,32 @@ class PullRound:
 
     def _step(self) -> None:
         """Wait for what comes next, take it in, then read at most one slice per peer."""
+        poller = select.poll()
         for fd, active in self._active.items():
-            events = active.link.channel.events
-            if events != active.events:
-                active.events = events
-                self._poller.register(fd, events)
-        for fd, _ in self._poller.poll(self._poll_timeout_ms()):
+            poller.register(fd, active.link.channel.events)
+        for fd, _ in poller.poll(self._poll_timeout_ms()):
             self._take_messages(self._active[fd])
         now_ns = time.monotonic_ns()
         for active in list(self._active.values()):
-            wake_ns = active.link.session.wake_ns
+            session = active.link.session
+            wake_ns = session.wake_ns
             if wake_ns is not None and now_ns >= wake_ns:
-                self._carry_out(active, active.link.session.on_tick(now_ns))
+                self._carry_out(active, session.on_tick(now_ns))
             read, active.read = active.read, None
             if read is not None:
                 verdicts = self._read(active.link, read)
-                self._carry_out(active, active.link.session.on_slice(verdicts, time.monotonic_ns()))
+                self._carry_out(active, session.on_slice(verdicts, time.monotonic_ns()))
 
     def _poll_timeout_ms(self) -> int:
-        if any(active.read is not None for active in self._active.values()):
-            return 0
-        wakes = [active.link.session.wake_ns for active in self._active.values()]
-        soonest_ns = min([wake for wake in wakes if wake is not None] + [self._deadline_ns])
+        soonest_ns = self._deadline_ns
+        for active in self._active.values():
+            if active.read is not None:
+                return 0
+            wake_ns = active.link.session.wake_ns
+            if wake_ns is not None and wake_ns < soonest_ns:
+                soonest_ns = wake_ns
         # round up: a millisecond early would spin until it is time
-        return max(0, min(POLL_MAX_MS, -(-(soonest_ns - time.monotonic_ns()) // 1_000_000)))
+        return max(0, min(POLL_MAX_MS, -((time.monotonic_ns() - soonest_ns) // 1_000_000)))
 
     def _take_messages(self, active: _Active) -> None:
         link = active.link
@@ -192,24 +189,15 @@ class PullRound:
         """Move and verify one slice."""
         runs = [self._targets[item.want.position] for item in read.items]
         ranges = np.array([piece for run in runs for piece in run], np.uint64)
-        if read.items[0].entry.data:
-            medium, reason, is_here = self._place(read, runs), "", [True] * len(ranges)
-        else:
-            medium, reason, is_here = self._read_leased(link, read, runs, ranges)
+        medium, reason, is_here = self._read_leased(link, read, runs, ranges)
         verdicts: list[Verdict] = []
         start = 0
         for item, run in zip(read.items, runs, strict=True):
             end = start + len(run)
-            if not all(is_here[start:end]):
-                verdicts.append(Verdict("failed", medium, reason))
-            elif not self._is_verifying:
-                verdicts.append(Verdict("ok", medium))
-            elif not is_comparable(item.entry.checksum):
-                verdicts.append(Verdict("failed", medium, "the owner's checksum is of another kind than ours"))
-            elif checksum_of(ranges[start:end]) == item.entry.checksum:
-                verdicts.append(Verdict("ok", medium, is_verified=True))
+            if all(is_here[start:end]):
+                verdicts.append(self._judge(item, medium, ranges[start:end]))
             else:
-                verdicts.append(Verdict("corrupt", medium, "the bytes do not have the owner's checksum"))
+                verdicts.append(Verdict("failed", medium, reason))
             start = end
         return tuple(verdicts)
 
@@ -221,7 +209,8 @@ class PullRound:
             return "", "the region is not open", [False] * len(ranges)
         offsets = [offset for item, run in zip(read.items, runs, strict=True)
                    for offset in accumulate((length for _, length in run[:-1]), initial=item.entry.offset)]
-        batch = ReadBatch(np.array(offsets, np.uint64), ranges[:, 0].copy(), ranges[:, 1].copy())
+        batch = ReadBatch(np.array(offsets, np.uint64), ranges[:, 0].copy(), ranges[:, 1].copy(),
+                          is_verified_later=self._is_verifying)
         try:
             result = attachment.read(batch, deadline_ns=read.deadline_ns)
         except MooncakeError as error:
@@ -229,17 +218,15 @@ class PullRound:
         reason = result.error.message if result.error is not None else "the read did not complete"
         return attachment.medium, reason, result.ok.tolist()
 
-    def _place(self, read: Read, runs: Sequence[Runs]) -> str:
-        """Copy what came with the answer to where it belongs; return the medium."""
-        num_bytes = 0
-        for item, run in zip(read.items, runs, strict=True):
-            data, start = item.entry.data, 0
-            for address, length in run:
-                SPACE[address:address + length] = data[start:start + length]
-                start += length
-            num_bytes += start
-        self._metrics.add("mooncake_pull_bytes_total", num_bytes, medium=INLINE)
-        return INLINE
+    def _judge(self, item: ReadItem, medium: str, ranges: npt.NDArray[np.uint64]) -> Verdict:
+        """Say whether a block that has arrived is the one that was stored."""
+        if not self._is_verifying:
+            return Verdict("ok", medium)
+        if not is_comparable(item.entry.checksum):
+            return Verdict("failed", medium, "the owner's checksum is of another kind than ours")
+        if checksum_of(ranges) != item.entry.checksum:
+            return Verdict("corrupt", medium, "the bytes do not have the owner's checksum")
+        return Verdict("ok", medium, is_verified=True)
 
     def _is_active(self, active: _Active) -> bool:
         return self._active.get(active.link.channel.fd) is active
@@ -263,6 +250,4 @@ class PullRound:
         del self._active[link.channel.fd]
         self._busy.remove(link.peer.node_id)
         active.read = None
-        if active.events:
-            self._poller.unregister(link.channel.fd)
         self._peers.end(link, active.batch.num_bytes, is_reusable=is_reusable)

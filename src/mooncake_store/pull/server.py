@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 from mooncake_store.errors import LocalProtocolError
@@ -34,6 +34,9 @@ from mooncake_store.pull.wire import (
     Acquire,
     BlockEntry,
     Denied,
+    Fetch,
+    Fetched,
+    FetchedBlock,
     FramingError,
     Granted,
     Hello,
@@ -86,7 +89,7 @@ class PullServer:
         welcome: what to answer a Hello with; its request id is not used.
         source: the blocks.
         lease_max_ms: longest lease granted at a time.
-        inline_max_bytes: blocks that together have no more are sent with the answer to those who want that.
+        fetch_max_bytes: blocks that together have no more are sent to whoever fetches them; 0 refuses that.
         hooks, metrics: see there.
 
     Raises:
@@ -94,11 +97,11 @@ class PullServer:
     """
 
     def __init__(self, *, host: str, welcome: Welcome, source: BlockSource, lease_max_ms: int,
-                 inline_max_bytes: int, hooks: ServerHooks, metrics: Metrics) -> None:
+                 fetch_max_bytes: int, hooks: ServerHooks, metrics: Metrics) -> None:
         self._welcome = welcome
         self._source = source
         self._lease_max_ms = lease_max_ms
-        self._inline_max_bytes = inline_max_bytes
+        self._fetch_max_bytes = fetch_max_bytes
         self._hooks = hooks
         self._metrics = metrics
         self._leases = LeaseTable()
@@ -192,6 +195,8 @@ class PullServer:
         match message:
             case Acquire():
                 return self._acquire(peer, message)
+            case Fetch():
+                return self._fetch(message)
             case Release(lease_id):
                 lease = self._leases.release(peer.number, lease_id)
                 if lease is not None:
@@ -224,27 +229,26 @@ class PullServer:
             self._metrics.add("mooncake_leases_total", result="denied")
             return Denied(message.request_id, "too_many_leases")
         found = self._source.pin([BlockKey(key) for key in message.keys])
-        held: tuple[HeldBlock, ...] = tuple([block for block in found if block is not None])
-        ttl_ms = min(message.ttl_ms, self._lease_max_ms)
-        if sum([block.extent.length for block in held]) <= min(message.inline_bytes, self._inline_max_bytes):
-            return self._send_along(message.request_id, ttl_ms, found, held)
         entries = tuple([BlockEntry(block.extent.offset, block.extent.length, block.checksum)
                          if block is not None else None for block in found])
-        lease_id = self._leases.grant(peer.number, held, deadline_ns=_after(ttl_ms))
-        self._metrics.set("mooncake_leases_active", len(self._leases))
+        held: tuple[HeldBlock, ...] = tuple([block for block in found if block is not None])
+        ttl_ms = min(message.ttl_ms, self._lease_max_ms)
+        lease_id = 0
+        if held:
+            lease_id = self._leases.grant(peer.number, held, deadline_ns=_after(ttl_ms))
+            self._metrics.set("mooncake_leases_active", len(self._leases))
         return Granted(message.request_id, lease_id, ttl_ms, entries)
 
-    def _send_along(self, request_id: int, ttl_ms: int, found: Sequence[HeldBlock | None],
-                    held: tuple[HeldBlock, ...]) -> Message:
-        """Answer with the bytes of blocks, which need no lease then; also when there are none."""
+    def _fetch(self, message: Fetch) -> Message:
+        found = self._source.pin([BlockKey(key) for key in message.keys])
+        held = [block for block in found if block is not None]
         try:
-            entries = tuple([BlockEntry(0, block.extent.length, block.checksum, self._source.bytes_of(block))
-                             if block is not None else None for block in found])
+            if sum([block.extent.length for block in held]) > self._fetch_max_bytes:
+                return Denied(message.request_id, "too_large")
+            return Fetched(message.request_id, tuple([FetchedBlock(block.checksum, self._source.bytes_of(block))
+                                                      if block is not None else None for block in found]))
         finally:
             self._source.unpin(held)
-        if held:
-            self._metrics.add("mooncake_leases_total", result="inline")
-        return Granted(request_id, 0, ttl_ms, entries)
 
     def _check_reported(self, peer: Peer, key: BlockKey) -> None:
         second = time.monotonic_ns() // 1_000_000_000

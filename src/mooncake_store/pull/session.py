@@ -6,8 +6,6 @@ carry out the instructions that come back, in order. Every block of a begun batc
 ``TRANSITIONS`` is the whole life of a session; an event that is missing in a state's row is a bug here
 (LocalProtocolError), except that a stray message from the peer is ignored: it answers a question we gave up on.
 
-Small blocks come with the answer (wire.py). They then need no lease, and are "read" out of it.
-
 Why a lease is trusted only until ``sent + ttl``: the owner counts from when the question *arrived*, which is later, so
 the owner's promise outlives ours whatever the clocks say.
 """
@@ -38,8 +36,6 @@ from mooncake_store.types import HostIdentity
 
 SLICE_MAX_BYTES = 8 << 20
 """Bytes read in one go; between two slices leases are renewed and other peers are served."""
-
-_NEVER_NS = 1 << 63
 
 BLAME_AFTER_NS = 250_000_000
 """A peer that kept us waiting less than this is not blamed: our own deadline was short."""
@@ -166,17 +162,15 @@ class PeerSession:
         peer: whom we believe to talk to; another identity in the answer ends the session.
         node_id, host, version: what we say of ourselves.
         lease_ttl_ms: what we ask for.
-        inline_max_bytes: blocks that together have no more are asked for without a lease.
         answer_timeout_ns: longest wait for an answer.
     """
 
     def __init__(self, peer: PeerAddress, *, node_id: str, host: HostIdentity, version: str, lease_ttl_ms: int,
-                 answer_timeout_ns: int, inline_max_bytes: int = 0) -> None:
+                 answer_timeout_ns: int) -> None:
         self.state = State.NEW
         self._peer = peer
         self._hello = (node_id, host, version)
         self._lease_ttl_ms = lease_ttl_ms
-        self._inline_max_bytes = inline_max_bytes
         self._answer_timeout_ns = answer_timeout_ns
         self._region: RegionDescriptor | None = None
         self._open: dict[int, Want] = {}  # position -> block not settled yet
@@ -240,7 +234,8 @@ class PeerSession:
             instructions.append(self._settle(item.want, verdict, item.entry.checksum))
         is_all_failed = all(verdict.result == "failed" for verdict in verdicts)
         if is_all_failed and now_ns < self._deadline_ns and not is_over:
-            return instructions + self._release() + self._end(Event.READ_FAILED, verdicts[0].reason)
+            instructions.append(Send(Release(self._lease_id)))
+            return instructions + self._end(Event.READ_FAILED, verdicts[0].reason)
         return instructions + self._read_on(now_ns)
 
     def on_lost(self, reason: str) -> list[Instruction]:
@@ -257,7 +252,8 @@ class PeerSession:
     def abandon(self, reason: str) -> list[Instruction]:
         """Give up on the batch and the link, telling the owner; allowed in every state."""
         is_holding = self.state in (State.READING, State.DRAINING)
-        return (self._release() if is_holding else []) + self._end(Event.INVALID, reason, is_blamed=False)
+        release: list[Instruction] = [Send(Release(self._lease_id))] if is_holding else []
+        return release + self._end(Event.INVALID, reason, is_blamed=False)
 
     def on_tick(self, now_ns: int) -> list[Instruction]:
         """Let time pass; call at ``wake_ns``."""
@@ -289,12 +285,8 @@ class PeerSession:
         return Send(message)
 
     def _acquire(self, now_ns: int) -> list[Instruction]:
-        wants = self._open.values()
-        inline_bytes = self._inline_max_bytes
-        if sum([want.num_bytes for want in wants]) > inline_bytes:
-            inline_bytes = 0
-        keys = tuple([want.key for want in wants])
-        return [self._ask(Acquire(self._next_id(), keys, self._lease_ttl_ms, inline_bytes), now_ns)]
+        keys = tuple(want.key for want in self._open.values())
+        return [self._ask(Acquire(self._next_id(), keys, self._lease_ttl_ms), now_ns)]
 
     def _on_welcome(self, message: Welcome, now_ns: int) -> list[Instruction]:
         if message.node_id != self._peer.node_id:
@@ -333,9 +325,10 @@ class PeerSession:
         self._unread = found
         if not found:
             self._go(Event.GRANTED_NOTHING)
-            return [*instructions, *self._release(), Finish()]
+            release: list[Instruction] = [Send(Release(message.lease_id))] if message.lease_id else []
+            return [*instructions, *release, Finish()]
         self._go(Event.GRANTED)
-        self._lease_until_ns = self._asked_ns + message.ttl_ms * 1_000_000 if message.lease_id else _NEVER_NS
+        self._lease_until_ns = self._asked_ns + message.ttl_ms * 1_000_000
         self._renewed_ns = self._asked_ns
         return instructions + self._read_on(now_ns)
 
@@ -356,7 +349,7 @@ class PeerSession:
             return self._stop_reading("failed", "")
         instructions: list[Instruction] = []
         is_due = now_ns - self._renewed_ns >= self._lease_ttl_ms * 1_000_000 // 3
-        if is_due and self._lease_id and self.state is State.READING:
+        if is_due and self.state is State.READING:
             self._renewed_ns = now_ns
             self._renewal = (self._next_id(), now_ns)
             instructions.append(Send(Renew(self._renewal[0], self._lease_id, self._lease_ttl_ms)))
@@ -377,10 +370,7 @@ class PeerSession:
         self._unread = []
         if is_lost:
             return [*instructions, Drop("the peer is gone", True)]
-        return [*instructions, *self._release(), Finish()]
-
-    def _release(self) -> list[Instruction]:
-        return [Send(Release(self._lease_id))] if self._lease_id else []
+        return [*instructions, Send(Release(self._lease_id)), Finish()]
 
     def _end(self, event: Event, reason: str, *, is_blamed: bool = True) -> list[Instruction]:
         was_dead = self.state is State.DEAD

@@ -7,9 +7,10 @@ its length goes before it, as 4 bytes, big-endian.
 reader -> owner  answered with       meaning
 ==============  ==================  =====================================================================
 Hello            Welcome, Denied     who we are; the answer names the owner's life and its region
-Acquire          Granted, Denied     promise that these blocks stay put for ``ttl_ms``, or send them if they are small
+Acquire          Granted, Denied     promise that these blocks stay put for ``ttl_ms``
 Renew            Renewed, Denied     prolong that promise
 Release          nothing             we have what we wanted
+Fetch            Fetched, Denied     send these blocks, which are small
 Report           nothing             the bytes of this block did not match its checksum: look again
 Offer            Accepted, Denied    we hold blocks that you might want to keep as well
 StatusRequest    StatusReply         metrics and facts, for people and tests
@@ -34,8 +35,8 @@ WIRE_VERSION = 3
 MESSAGE_MAX_BYTES = 1 << 20
 LENGTH_BYTES = 4
 KEYS_MAX = 1024
-INLINE_MAX_BYTES = 16 << 10
-"""Blocks that together have no more may come with the answer: that takes less time than a lease and a read."""
+FETCH_MAX_BYTES = 16 << 10
+"""Blocks that together have no more can be fetched, which takes less time than a lease and a read."""
 KEY_MAX_BYTES = NAMESPACE_BYTES + PART_BYTES + CONTENT_MAX_BYTES
 TEXT_MAX_CHARS = 512
 TTL_MAX_MS = 600_000
@@ -46,7 +47,6 @@ Keys = Annotated[tuple[Key, ...], Meta(min_length=1, max_length=KEYS_MAX)]
 Text = Annotated[str, Meta(max_length=TEXT_MAX_CHARS)]
 Uint63 = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Length = Annotated[int, Meta(ge=1, le=(1 << 63) - 1)]
-Inline = Annotated[bytes, Meta(max_length=INLINE_MAX_BYTES)]
 Checksum = Uint63
 """See transport/checksum.py; says which kind it is."""
 TtlMs = Annotated[int, Meta(ge=1, le=TTL_MAX_MS)]
@@ -88,27 +88,25 @@ class Welcome(_Message, frozen=True, array_like=True, tag="welcome"):
 
 
 class Acquire(_Message, frozen=True, array_like=True, tag="acquire"):
-    """Ask for a lease on blocks, or for their bytes if these are no more than ``inline_bytes`` together."""
+    """Ask for a lease on blocks."""
 
     request_id: Uint63
     keys: Keys
     ttl_ms: TtlMs
-    inline_bytes: Annotated[int, Meta(ge=0, le=INLINE_MAX_BYTES)]
 
 
 class BlockEntry(_Message, frozen=True, array_like=True):
-    """Where one block is in the owner's region, and the checksum of its bytes; ``data`` is these, when not leased."""
+    """Where one leased block is in the owner's region, and the checksum of its bytes."""
 
     offset: Uint63
     length: Length
     checksum: Checksum
-    data: Inline = b""
 
 
 class Granted(_Message, frozen=True, array_like=True, tag="granted"):
     """Grant a lease: one entry per key asked for, None where the owner has no such block.
 
-    ``lease_id`` is 0 when nothing is held and nothing needs a release: each entry is None or has the block's bytes.
+    ``lease_id`` is 0 when every entry is None: nothing is held, nothing needs a release.
     """
 
     request_id: Uint63
@@ -145,6 +143,27 @@ class Release(_Message, frozen=True, array_like=True, tag="release"):
     """Give a lease back."""
 
     lease_id: Uint63
+
+
+class Fetch(_Message, frozen=True, array_like=True, tag="fetch"):
+    """Ask for the bytes of blocks, at most ``FETCH_MAX_BYTES`` together."""
+
+    request_id: Uint63
+    keys: Keys
+
+
+class FetchedBlock(_Message, frozen=True, array_like=True):
+    """One block: its bytes, and the checksum that its owner has of them."""
+
+    checksum: Checksum
+    data: Annotated[bytes, Meta(min_length=1, max_length=FETCH_MAX_BYTES)]
+
+
+class Fetched(_Message, frozen=True, array_like=True, tag="fetched"):
+    """Send copies of blocks: one per key asked for, None where the owner has no such block."""
+
+    request_id: Uint63
+    blocks: Annotated[tuple[FetchedBlock | None, ...], Meta(max_length=KEYS_MAX)]
 
 
 class Report(_Message, frozen=True, array_like=True, tag="report"):
@@ -188,11 +207,11 @@ class StatusReply(_Message, frozen=True, array_like=True, tag="status"):
 
 
 DENIALS = ("version", "malformed", "hello_first", "no_such_lease", "too_many_leases", "no_segment", "not_a_store",
-           "busy", "closing", "unexpected")
+           "busy", "closing", "too_large", "unexpected")
 """Every ``Denied.reason`` that this version sends."""
 
-Message = (Hello | Welcome | Acquire | Granted | Denied | Renew | Renewed | Release | Report | Offer | Accepted
-           | StatusRequest | StatusReply)
+Message = (Hello | Welcome | Acquire | Granted | Denied | Renew | Renewed | Release | Fetch | Fetched | Report | Offer
+           | Accepted | StatusRequest | StatusReply)
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
@@ -229,10 +248,6 @@ def decode(data: bytes | memoryview) -> Message:
         raise WireError("malformed", f"not a valid message: {error}") from error
     if isinstance(message, Offer) and len(message.keys) != len(message.lengths):
         raise WireError("malformed", f"an offer of {len(message.keys)} keys with {len(message.lengths)} lengths")
-    if isinstance(message, Granted):
-        for entry in message.entries:
-            if entry is not None and len(entry.data) != (0 if message.lease_id else entry.length):
-                raise WireError("malformed", "a block must be leased or come with all of its bytes")
     return message
 
 

@@ -28,7 +28,6 @@ from mooncake_store.pull.session import (
     Verdict,
 )
 from mooncake_store.pull.wire import (
-    INLINE_MAX_BYTES,
     Acquire,
     BlockEntry,
     Denied,
@@ -45,8 +44,6 @@ from mooncake_store.types import BlockKey, HostIdentity, NodeId
 
 HOST = HostIdentity("host", 1)
 BLOCK_BYTES = 3 << 20
-SMALL_BYTES = 100
-"""Size of blocks that may come with the answer."""
 REGION_BYTES = 64 * BLOCK_BYTES
 LEASE_TTL_MS = 1000
 ANSWER_TIMEOUT_NS = 500_000_000
@@ -64,8 +61,7 @@ class SessionModel:
     def __init__(self, peer_id: str = "owner") -> None:
         self.now_ns = 0
         self.session = PeerSession(PeerAddress(NodeId(peer_id), "tcp://owner:1", HOST), node_id="reader", host=HOST,
-                                   version="test", lease_ttl_ms=LEASE_TTL_MS, answer_timeout_ns=ANSWER_TIMEOUT_NS,
-                                   inline_max_bytes=INLINE_MAX_BYTES)
+                                   version="test", lease_ttl_ms=LEASE_TTL_MS, answer_timeout_ns=ANSWER_TIMEOUT_NS)
         self.outcomes: dict[int, GetOutcome] = {}
         self.questions: list[Message] = []
         self.attach: Attach | None = None
@@ -73,7 +69,6 @@ class SessionModel:
         self.num_finished = 0
         self.is_dropped = False
         self.is_blamed = False
-        self._block_bytes = BLOCK_BYTES
         self._pending: dict[int, Want] = {}
         self._leases: dict[int, int] = {}  # lease id -> until when the owner keeps it
         self._last_lease = 0
@@ -85,10 +80,9 @@ class SessionModel:
         """Tell whether a batch may begin."""
         return self._is_over and not self.is_dropped
 
-    def begin(self, num_blocks: int, *, timeout_ns: int = 10_000_000_000, block_bytes: int = BLOCK_BYTES) -> None:
+    def begin(self, num_blocks: int, *, timeout_ns: int = 10_000_000_000) -> None:
         """Begin a batch of ``num_blocks`` blocks."""
-        self._block_bytes = block_bytes
-        wants = tuple(Want(position, BlockKey(b"%d" % position), block_bytes) for position in range(num_blocks))
+        wants = tuple(Want(position, BlockKey(b"%d" % position), BLOCK_BYTES) for position in range(num_blocks))
         self._pending = {want.position: want for want in wants}
         self.outcomes = {}
         self._is_over = False
@@ -133,8 +127,7 @@ class SessionModel:
         assert self.read is not None
         read, self.read = self.read, None
         verdicts = tuple(_verdict(results[index % len(results)], is_verified) for index in range(len(read.items)))
-        # neither the memory of the dead nor what came with the answer changes
-        has_promise = bool(self._leases) or self._is_lost or bool(read.items[0].entry.data)
+        has_promise = bool(self._leases) or self._is_lost  # the memory of the dead does not change
         settled_before = set(self.outcomes)
         self.carry_out(self.session.on_slice(verdicts, self.now_ns))
         if not is_verified and not has_promise:
@@ -190,11 +183,9 @@ class SessionModel:
             self.questions.append(message)
 
     def _grant(self, question: Acquire, held: Sequence[bool]) -> Granted:
-        size_bytes = self._block_bytes
-        is_inline = size_bytes * len(question.keys) <= question.inline_bytes
-        entries = tuple(BlockEntry(index * size_bytes, size_bytes, index, bytes(size_bytes) if is_inline else b"")
+        entries = tuple(BlockEntry(index * BLOCK_BYTES, BLOCK_BYTES, index)
                         if held and held[index % len(held)] else None for index in range(len(question.keys)))
-        if is_inline or not any(entries):
+        if not any(entries):
             return Granted(question.request_id, 0, question.ttl_ms, entries)
         self._last_lease += 1
         self._leases[self._last_lease] = self.now_ns + question.ttl_ms * 1_000_000

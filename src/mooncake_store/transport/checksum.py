@@ -81,7 +81,13 @@ def checksum_of(ranges: npt.NDArray[np.uint64]) -> int:
         padding = -filled % _WORD_BYTES
         _scratch.bytes[filled:filled + padding] = 0
         parts.append(_sums(start, filled + padding))
-    return KIND << 56 | int.from_bytes(hashlib.sha256(b"".join(parts)).digest()[:7], "little")
+    return _digest(parts)
+
+
+def checksum_of_bytes(image: bytes) -> int:
+    """Return the checksum of at most ``STEP_BYTES`` bytes, at least one."""
+    words = np.frombuffer(image + bytes(-len(image) % _WORD_BYTES), "<u8")
+    return _digest([len(image).to_bytes(8, "little"), _stretches(words)])
 
 
 def is_comparable(checksum: int) -> bool:
@@ -91,5 +97,12 @@ def is_comparable(checksum: int) -> bool:
 
 def _sums(address: int, length: int) -> bytes:
     """Sum memory stretch by stretch; return all the sums."""
-    words = np.frombuffer(_SPACE[address:address + length], "<u8")
-    return np.add.reduceat(words, _STARTS[:-(-length // _STRETCH_BYTES)]).tobytes()
+    return _stretches(np.frombuffer(_SPACE[address:address + length], "<u8"))
+
+
+def _stretches(words: npt.NDArray[np.uint64]) -> bytes:
+    return np.add.reduceat(words, _STARTS[:-(-len(words) // STRETCH_WORDS)]).tobytes()
+
+
+def _digest(parts: list[bytes]) -> int:
+    return KIND << 56 | int.from_bytes(hashlib.sha256(b"".join(parts)).digest()[:7], "little")

@@ -7,7 +7,7 @@ import pytest
 from mooncake_store.errors import LocalProtocolError
 from mooncake_store.pull.session import BLAME_AFTER_NS, SLICE_MAX_BYTES, State
 from mooncake_store.pull.wire import BlockEntry, Denied, Granted, Release, Renew, Report
-from mooncake_store.testing.session import ANSWER_TIMEOUT_NS, BLOCK_BYTES, LEASE_TTL_MS, SMALL_BYTES, SessionModel
+from mooncake_store.testing.session import ANSWER_TIMEOUT_NS, BLOCK_BYTES, LEASE_TTL_MS, SessionModel
 
 MS = 1_000_000
 
@@ -42,25 +42,6 @@ def test_what_the_owner_lacks_is_a_stale_miss_and_the_rest_is_read():
     model = ready(4, held=(True, False))
     model.finish_read(["ok"])
     assert results(model) == ["ok", "miss", "ok", "miss"]
-
-
-def test_small_blocks_come_with_the_answer_and_leave_no_lease():
-    model = SessionModel()
-    sent = []
-    original = model._on_send
-    model._on_send = lambda message: (sent.append(message), original(message))
-    model.begin(2, block_bytes=SMALL_BYTES)
-    model.answer()
-    model.finish_attach()
-    model.pass_time(LEASE_TTL_MS * MS // 3)
-    model.answer((True,))
-    model.pass_time(LEASE_TTL_MS * MS + 1)
-    model.finish_read(["ok"], is_verified=False)
-    assert results(model) == ["ok", "ok"], "they do not change, so no lease can end"
-    assert not any(isinstance(message, Release | Renew) for message in sent)
-    model.begin(200, block_bytes=SMALL_BYTES)
-    model.answer((True,))
-    assert not model.read.items[0].entry.data, "too many to come with the answer"
 
 
 def test_a_corrupt_block_is_reported_and_the_others_stand():
