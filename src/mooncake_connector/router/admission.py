@@ -245,6 +245,11 @@ class AdmissionQueue:
         self._tenants.add(waiting.tenant, waiting.num_tokens, now_s=now_s)
         self._served_classes.add(waiting.class_name, waiting.num_tokens, now_s=now_s)
 
+    def is_welcome(self, waiting: Waiting, outlook: Outlook, *, ready_s: float) -> bool:
+        """Tell whether a request that waits alone, and can begin in ``ready_s``, is in time and not too dear."""
+        is_in_time = outlook.now_s + ready_s + self._own_s(waiting, outlook) <= waiting.deadline_s
+        return is_in_time and not self._too_dear(outlook)
+
     def is_plan_due(self, now_s: float) -> bool:
         """Tell whether to plan anew: when something changed, but among many not more often than every ``REPLAN_S``."""
         age_s = now_s - self._ranked_s

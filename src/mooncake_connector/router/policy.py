@@ -392,7 +392,8 @@ class Joint:
         Of equal ones the one that was used least. Those that cannot be the least, even with the longest prefix there
         is, are not looked at closely.
         """
-        predictor, size = self._predictor, demand.num_prompt_tokens
+        predictor, size, open_below_s = self._predictor, demand.num_prompt_tokens, demand.open_below_s
+        factor = predictor.factors.get
         pay = 1 + min(self._price + demand.backlog_s / self._price_backlog_s, self._price_max)
         placed = sorted(candidates, key=_PLACED)
         holders = sorted([each for each in placed if each.prefix_tokens], key=_PREFIX, reverse=True)
@@ -403,9 +404,9 @@ class Joint:
         later: tuple[float, Start] | None = None
         for engine in (*holders, *placed):
             queue_s = engine.queue_s
-            is_open = queue_s < demand.open_below_s
+            is_open = queue_s < open_below_s
             best = ready if is_open else later
-            if best is not None and queue_s + floor_s * predictor.factor(engine.url) >= best[0]:
+            if best is not None and queue_s + floor_s * factor(engine.url, 1.0) >= best[0]:
                 continue
             start = self._start_on(demand, engine, sources, pay)
             cost_s = start.ready_s + start.prefill_s * pay
@@ -449,13 +450,14 @@ class Joint:
         if start is not None:
             free_s = predictor.links.egress_wait_s(start.engine.url, now_s=now_s)
             sent_s, ttft_s = demand.num_prompt_tokens * predictor.token_transfer_s, start.ttft_s
+        once_s, per_request_s, per_token_s = predictor.step_coefficients
+        own_s = once_s + per_request_s + per_token_s * added
         best, least = candidates[0], (True, math.inf, 0, "")
         for each in candidates:
-            needed = each.context_tokens + added
-            is_full = 0 < each.capacity_tokens < needed
-            cost_s = predictor.step_s(each.num_open + 1, needed)
-            if is_full >= least[0] and cost_s > least[1]:
+            cost_s = own_s + per_request_s * each.num_open + per_token_s * each.context_tokens
+            if cost_s > least[1] and not least[0]:
                 continue
+            is_full = 0 < each.capacity_tokens < each.context_tokens + added
             # It is sent while it is computed, so only what outlasts the computation is waited for.
             arrives_s = max(free_s, predictor.links.ingress_wait_s(each.url, now_s=now_s)) + sent_s
             cost = (is_full, cost_s + max(arrives_s - ttft_s, 0.0), each.num_placed, each.url)

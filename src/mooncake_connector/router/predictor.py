@@ -100,6 +100,9 @@ class Predictor:
         prefill_prior, step_prior: coefficients to begin with, see ``PREFILL_PRIOR`` and ``STEP_PRIOR``.
         kv_token_bytes: bytes of KV per token.
         link_bytes_per_s: bandwidth of an engine's network, each way.
+
+    Attributes:
+        factors: by how much an engine's prefills take longer than the mean engine's; 1 where it is not listed.
     """
 
     def __init__(
@@ -112,7 +115,7 @@ class Predictor:
     ) -> None:
         self._prefill = LinearModel(prefill_prior)
         self._step = LinearModel(step_prior)
-        self._factors: dict[str, float] = {}
+        self.factors: dict[str, float] = {}
         self.prefill_error = PredictionError()
         self.step_error = PredictionError()
         self.mean_output_tokens = OUTPUT_PRIOR_TOKENS
@@ -125,28 +128,33 @@ class Predictor:
         n, p = num_prompt_tokens, min(num_prefix_tokens, num_prompt_tokens)
         once, per_token, per_pair, per_loaded = self._prefill.coefficients
         seconds = once + (n - p) * (per_token + per_pair * (n + p)) + p * per_loaded
-        return seconds * self._factors.get(engine, 1.0)
+        return seconds * self.factors.get(engine, 1.0)
 
     def factor(self, engine: str) -> float:
         """Return by how much an engine's prefills take longer than the mean engine's."""
-        return self._factors.get(engine, 1.0)
+        return self.factors.get(engine, 1.0)
 
     def observe_prefill(self, engine: str, num_prompt_tokens: int, num_prefix_tokens: int, actual_s: float) -> None:
         """Learn from a finished prefill; ``actual_s`` without the time it waited for its turn."""
         n, p = num_prompt_tokens, min(num_prefix_tokens, num_prompt_tokens)
         predicted_s = self.prefill_s(n, p, engine)
         self.prefill_error.observe(predicted_s, actual_s)
-        factor = self._factors.get(engine, 1.0)
+        factor = self.factors.get(engine, 1.0)
         self._prefill.observe((1.0, n - p, n * n - p * p, p), actual_s / factor)
-        if actual_s > 0 and (engine in self._factors or len(self._factors) < ENGINES_MAX):
+        if actual_s > 0 and (engine in self.factors or len(self.factors) < ENGINES_MAX):
             ratio = min(max(actual_s / predicted_s, 1 / ENGINE_FACTOR_MAX), ENGINE_FACTOR_MAX)
             factor *= ratio**ENGINE_RATE
-            self._factors[engine] = min(max(factor, 1 / ENGINE_FACTOR_MAX), ENGINE_FACTOR_MAX)
+            self.factors[engine] = min(max(factor, 1 / ENGINE_FACTOR_MAX), ENGINE_FACTOR_MAX)
 
     def step_s(self, num_requests: int, num_context_tokens: float) -> float:
         """Return the seconds of one decode step over a batch: the time between tokens."""
-        once, per_request, per_token = self._step.coefficients
+        once, per_request, per_token = self.step_coefficients
         return once + per_request * num_requests + per_token * num_context_tokens
+
+    @property
+    def step_coefficients(self) -> tuple[float, ...]:
+        """Return the seconds of a decode step: once, per request, per token of context."""
+        return self._step.coefficients
 
     def observe_step(self, num_requests: int, num_context_tokens: float, actual_s: float) -> None:
         """Learn from a measured time between tokens."""
@@ -181,7 +189,7 @@ class Predictor:
 
     def forget(self, engine: str) -> None:
         """Drop what is known of an engine that is gone."""
-        self._factors.pop(engine, None)
+        self.factors.pop(engine, None)
         self.links.forget(engine)
 
 

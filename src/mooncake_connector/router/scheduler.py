@@ -108,7 +108,7 @@ class Scheduler:
                 self.queue.remove(place.request_id)
                 return [Rejected(place.request_id, "infeasible", self.queue.retry_after_s(taken, outlook))]
             return [self._dispatch(submission, choice, now_s)]
-        if self._is_open_for(choice, taken, place):
+        if self._is_open_for(choice, taken, place, outlook):
             return [self._dispatch(submission, choice, now_s)]
         self._submissions[place.request_id] = submission
         return self._poll(now_s, outlook, (place.request_id, choice))
@@ -124,7 +124,7 @@ class Scheduler:
             open_below_s=open_below_s,
         )
 
-    def _is_open_for(self, choice: Choice, waiting: Waiting, place: Place) -> bool:
+    def _is_open_for(self, choice: Choice, waiting: Waiting, place: Place, outlook: Outlook) -> bool:
         """Tell whether a request that just came can be sent without asking who else waits.
 
         So can one that runs whole where others only decode: no queue of prefills stands before it.
@@ -132,8 +132,10 @@ class Scheduler:
         start = choice.start
         if start is None or (choice.prefill is None and start.engine.role == "decode"):
             return True
-        is_first = not self._submissions and not self._is_rejecting
-        return is_first and start.engine.queue_s < self._dispatch_below_s and self._has_room(choice, waiting, place)
+        if self._submissions or start.engine.queue_s >= self._dispatch_below_s:
+            return False
+        is_welcome = not self._is_rejecting or self.queue.is_welcome(waiting, outlook, ready_s=start.ready_s)
+        return is_welcome and self._has_room(choice, waiting, place)
 
     def poll(self, *, now_s: float) -> list[Action]:
         """Return what is to be done now: call it whenever something finished, and at :meth:`wake_s`."""
