@@ -8,7 +8,7 @@ A stream is dropped, with what was in flight on it, on any error and at the dead
 target after ``read`` has returned; the next read opens a new one.
 
 Integrity: about every 512 KiB carry a checksum (tcp's own sum misses one corruption in 65,536). A mismatch fails its
-requests. Under TLS, which authenticates every byte, there is none.
+requests. There is none under TLS, which authenticates every byte, nor where the caller compares one of its own.
 """
 
 from __future__ import annotations
