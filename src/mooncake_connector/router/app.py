@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
+import secrets
 import signal
 import uuid
 from collections.abc import Callable, Coroutine
@@ -20,6 +21,9 @@ from mooncake_connector.router.discovery import Discovery, open_cell
 from mooncake_connector.router.dispatcher import Dispatcher
 from mooncake_connector.router.engines import EngineTable
 from mooncake_connector.router.gateway import Gateway
+from mooncake_connector.router.index.holdings import Holdings
+from mooncake_connector.router.index.subscriber import EventSubscriber
+from mooncake_connector.router.index.told import Told
 from mooncake_connector.router.legs import Legs
 from mooncake_connector.router.lessons import Lessons
 from mooncake_connector.router.messages import Role
@@ -53,8 +57,12 @@ class RouterApp:
         self.config = config
         self.metrics = Metrics(ROUTER_METRICS)
         self._index = PrefixIndex()
-        self.dispatcher = make_dispatcher(config, self._index, self.metrics)
+        holdings = Holdings(config.index_blocks, secret=secrets.token_bytes())
+        self.dispatcher = make_dispatcher(config, self._index, self.metrics, told=Told(holdings))
         self.placer = self.dispatcher.placer
+        self.events = EventSubscriber(
+            holdings, self.metrics, table=self.placer.table, where=config.kv_events
+        )
         self._legs = Legs(config)
         self.watch = EngineWatch(config, self.placer, self._legs, self.metrics)
         self.gateway = Gateway(
@@ -84,6 +92,7 @@ class RouterApp:
             raise
         for url, role in self.config.engines().items():
             self.watch.add(url, role)
+        self._run(self.events.run(), "KV events")
         if self.discovery is not None:
             self._run(self.discovery.follow(), "discovery")
         placement = f", placement at {self.service.address}" if self.service else ""
@@ -102,6 +111,7 @@ class RouterApp:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks.clear()
+        await self.events.close()
         if self.discovery is not None:
             await asyncio.to_thread(self.discovery.close)
             self.discovery = None
@@ -187,7 +197,9 @@ class RouterApp:
         self.url = f"http://{host}:{port}"
 
 
-def make_dispatcher(config: RouterConfig, index: PrefixIndex, metrics: Metrics) -> Dispatcher:
+def make_dispatcher(
+    config: RouterConfig, index: PrefixIndex, metrics: Metrics, *, told: Told | None = None
+) -> Dispatcher:
     """Put together what decides about requests. Call it on the running loop.
 
     Raises:
@@ -201,6 +213,7 @@ def make_dispatcher(config: RouterConfig, index: PrefixIndex, metrics: Metrics) 
         predictor=predictor,
         policy=make_policy(config.policy, predictor),
         can_fetch=config.has_pool,
+        told=told,
     )
     queue = AdmissionQueue(config.service_classes(), rule=find_rule(config.admission_rule))
     scheduler = Scheduler(

@@ -22,7 +22,7 @@ from aiohttp import web
 
 from mooncake_connector.router.admission import Reason, Rejected, ServiceClass
 from mooncake_connector.router.answers import Problem, problem_event, problem_json
-from mooncake_connector.router.bodies import Ask, hide_params
+from mooncake_connector.router.bodies import Ask, cache_salt_of, hide_params, token_ids_of
 from mooncake_connector.router.callers import Caller
 from mooncake_connector.router.dialects.select import dialect_of
 from mooncake_connector.router.dispatcher import Dispatcher, Seat
@@ -210,6 +210,8 @@ class Exchange:
             model=ask.model,
             prefix_hashes=ask.prefix_hashes,
             excluded=excluded,
+            token_ids=token_ids_of(ask) if self._services.dispatcher.placer.wants_tokens else b"",
+            cache_salt=cache_salt_of(ask),
         )
         return Submission(place, caller.service_class, caller.tenant, caller.hints, ask.colocated_reason)
 

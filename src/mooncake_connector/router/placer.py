@@ -224,6 +224,11 @@ class Placer:
         return self.table.remove(url)
 
     @property
+    def wants_tokens(self) -> bool:
+        """Tell whether a prompt's token ids make a difference."""
+        return self._told is not None and self._told.is_used
+
+    @property
     def num_decoding(self) -> int:
         """Return how many engines may decode."""
         self._roster.catch_up()

@@ -10,6 +10,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from mooncake_connector.router.engines import Engine, EngineTable, Introduction
 from mooncake_connector.router.index.endpoints import EventSockets, of_rank, seen_from
 from mooncake_connector.router.index.hashing import pack_tokens
 from mooncake_connector.router.index.holdings import Holdings, Source
@@ -86,9 +87,17 @@ def stored(first: int, last: int, *, seed: int = 0) -> dict[str, object]:
     }
 
 
+class Engines(EngineTable):
+    """A table that holds nobody, and lets the tests below follow whom they want."""
+
+    def __iter__(self):
+        return iter([Engine(url=URL, role="both")])
+
+
 @pytest.fixture
 async def subscriber():
-    made = EventSubscriber(Holdings(1024, secret=b"0123456789abcdef"), Metrics(ROUTER_METRICS))
+    holdings = Holdings(1024, secret=b"0123456789abcdef")
+    made = EventSubscriber(holdings, Metrics(ROUTER_METRICS), table=Engines(), where={})
     running = asyncio.create_task(made.run())
     yield made
     running.cancel()
@@ -214,6 +223,30 @@ async def test_many_batches_arrive_in_order(subscriber, publisher):
             await asyncio.sleep(0)
     await publisher.publish({"type": "BlockRemoved", "block_hashes": [3, 2], "medium": "GPU"})
     await wait_for(subscriber, 32)
+
+
+async def test_follows_who_is_in_the_table(publisher):
+    table, holdings = EngineTable(), Holdings(1024, secret=b"0123456789abcdef")
+    others = {"http://127.0.0.1:1": EventSockets(endpoint="ipc:///tmp/none", num_ranks=2)}
+    where = others | {"*": publisher.sockets}
+    follower = EventSubscriber(holdings, Metrics(ROUTER_METRICS), table=table, where=where)
+    try:
+        for url in (URL, "http://127.0.0.1:1", "http://127.0.0.1:2"):
+            table.add(url, "both")
+        follower.look()
+        assert not holdings.sources()
+        table.introduce(URL, Introduction(("m",)))
+        table.introduce("http://127.0.0.1:1", Introduction(("m",)))
+        told = EventSockets(endpoint="tcp://127.0.0.1:9", num_ranks=2)
+        table.introduce("http://127.0.0.1:2", Introduction(("m",), events=told))
+        for _ in range(2):
+            follower.look()
+            assert set(holdings.sources()) == {SOURCE, *(Source("http://127.0.0.1:2", rank) for rank in range(2))}
+        table.remove("http://127.0.0.1:2")
+        follower.look()
+        assert holdings.sources() == (SOURCE,)
+    finally:
+        await follower.close()
 
 
 def test_endpoints():

@@ -52,6 +52,7 @@ class Blocks:
 
     def __init__(self, capacity: int) -> None:
         # Room for names that nobody holds any more, and for a step's blocks before older ones make room.
+        self.num_wanted = capacity
         capacity += capacity // 4 + 64
         self.capacity = capacity
         slots_log2 = max(6, (capacity * 8 // 5 - 1).bit_length())

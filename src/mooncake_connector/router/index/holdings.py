@@ -26,6 +26,7 @@ from mooncake_connector.router.index.streams import FILL_TIMEOUT_NS, Apply, Ask,
 from mooncake_store.errors import CapacityExceeded, RemoteProtocolError
 
 LORAS_MAX = 4096
+_UNUSED = 1
 
 
 class Source(NamedTuple):
@@ -67,7 +68,7 @@ class Holdings:
     Methods that take messages return the replay to ask for, if any; a new one replaces the one under way.
 
     Args:
-        capacity: blocks that are kept at most, each engine's copy counted.
+        capacity: blocks that are kept at most, each engine's copy counted; their memory is taken with the first stream.
         secret: 16 to 64 random bytes, for the hash of tokens.
         fill_timeout_ns: how long missing batches are waited for.
 
@@ -76,8 +77,9 @@ class Holdings:
     """
 
     def __init__(self, capacity: int, *, secret: bytes, fill_timeout_ns: int = FILL_TIMEOUT_NS) -> None:
-        self.blocks = Blocks(capacity)
+        self.blocks = Blocks(_UNUSED)
         self.counts: Counter[str] = Counter()
+        self._capacity = capacity
         self._hash = TokenHash(secret)
         self._intake = Intake(self.blocks, self._hash)
         self._fill_timeout_ns = fill_timeout_ns
@@ -138,6 +140,9 @@ class Holdings:
         Raises:
             CapacityExceeded: when there are too many.
         """
+        if not self._streams and self.blocks.num_wanted == _UNUSED:
+            self.blocks = Blocks(self._capacity)
+            self._intake = Intake(self.blocks, self._hash)
         if source not in self._streams:
             stream = self._streams[source] = _Stream(dialect, self._intake.open(), self._fill_timeout_ns)
             self._sources[stream.life.stream] = source

@@ -27,7 +27,12 @@ class Told:
     def __init__(self, holdings: Holdings) -> None:
         self.holdings = holdings
         # A request is looked at each time that an engine might take it; it is hashed once.
-        self._prompts: OrderedDict[str, tuple[bytes, Prompt]] = OrderedDict()
+        self._prompts: OrderedDict[str, tuple[tuple[bytes, str, str], Prompt]] = OrderedDict()
+
+    @property
+    def is_used(self) -> bool:
+        """Tell whether any engine is followed, so that a prompt's tokens are worth reading."""
+        return bool(self.holdings.sources())
 
     def correct(self, place: Place, believed: Mapping[str, int]) -> Mapping[str, int]:
         """Return for each engine how many leading tokens of a prompt it holds; those that hold none may be missing.
@@ -53,11 +58,12 @@ class Told:
 
     def _prompt(self, place: Place) -> Prompt:
         known = self._prompts.get(place.request_id)
-        if known is not None and known[0] == place.token_ids:
+        asked = place.token_ids, place.model, place.cache_salt
+        if known is not None and known[0] == asked:
             return known[1]
         tokens = np.frombuffer(place.token_ids, np.dtype("<u4"), len(place.token_ids) // TOKEN_BYTES)
         prompt = self.holdings.prompt(tokens, model=place.model, salt=place.cache_salt)
-        self._prompts[place.request_id] = place.token_ids, prompt
+        self._prompts[place.request_id] = asked, prompt
         if len(self._prompts) > PROMPTS_MAX:
             self._prompts.popitem(last=False)
         return prompt
