@@ -22,7 +22,6 @@ import harness
 import msgspec
 import numpy as np
 import psutil
-import zmq
 
 from mooncake_connector.demo.client import complete, session
 from mooncake_connector.demo.cluster import Cell, engine_options, etcd_spec, probe_python
@@ -30,6 +29,7 @@ from mooncake_connector.demo.processes import Supervisor, stop_signals
 from mooncake_store.client import StoreClient
 from mooncake_store.config import StoreConfig
 from mooncake_store.pull import wire
+from mooncake_store.pull.control import ask
 from mooncake_store.transport.base import ReadBatch, RegionDescriptor
 from mooncake_store.transport.tcp import TcpTransport
 
@@ -44,15 +44,17 @@ FIRST_HALF_S = 3.0
 def main() -> None:
     parser = harness.parser(__doc__.splitlines()[0], needs_engine=True)
     parser.add_argument("--reps", type=int, default=6, help="requests per row; half of them are pulled from first")
+    parser.add_argument("--cores", default="free,none", help="is a core free for the reader (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=160, help="tokens of each request")
     args = parser.parse_args()
     rows = []
     cores = sorted(os.sched_getaffinity(0))
-    for is_free in (True, False):
+    for word in args.cores.split(","):
+        is_free = word == "free"
         threads = len(cores) - 1 if is_free else len(cores)
         options = engine_options(args.python, args.model, dtype=args.dtype,
                                  environment={"OMP_NUM_THREADS": str(max(1, threads))})
-        logs = harness.run_dir(args, "serving-free" if is_free else "serving-busy")
+        logs = harness.run_dir(args, f"serving-{word}")
         with stop_signals(), Supervisor(logs) as supervisor:
             cell = Cell(supervisor, options=options, memory="", connector={"segment_bytes": 4 * BATCH_BYTES})
             region = start(cell)
@@ -82,18 +84,11 @@ def start(cell: Cell) -> RegionDescriptor:
 
 def ask_region(control: str, client: StoreClient) -> RegionDescriptor:
     """Say hello to a member, as a puller does."""
-    socket = zmq.Context.instance().socket(zmq.DEALER)
-    socket.connect(control)
-    try:
-        socket.send(wire.encode(wire.Hello(1, client.node_id, client.media.identity(), "0")))
-        if not socket.poll(int(MEMBER_TIMEOUT_S * 1e3)):
-            raise SystemExit(f"{control} does not answer")
-        welcome = wire.decode(socket.recv())
-    finally:
-        socket.close(linger=0)
-    if not isinstance(welcome, wire.Welcome) or welcome.region is None:
-        raise SystemExit(f"{control} lends no memory: {welcome}")
-    return welcome.region
+    hello = wire.Hello(1, client.node_id, client.media.identity(), "0")
+    region = ask(control, hello, wire.Welcome, timeout_s=MEMBER_TIMEOUT_S).region
+    if region is None:
+        raise SystemExit(f"{control} lends no memory")
+    return region
 
 
 async def measure(cell: Cell, region: RegionDescriptor, args: Any, *, reader_core: int | None) -> dict[str, Any]:
