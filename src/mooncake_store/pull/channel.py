@@ -23,6 +23,8 @@ class Channel:
 
     Attributes:
         fd: to wait for ``events`` on.
+        unsent: what waits to be sent.
+        take: takes the next message that has been received, as ``Inbox.take``.
     """
 
     def __init__(self, connection: socket.socket) -> None:
@@ -30,7 +32,8 @@ class Channel:
         self.fd = connection.fileno()
         self._socket = connection
         self._inbox = Inbox()
-        self._unsent = b""
+        self.take = self._inbox.take
+        self.unsent = b""
 
     @classmethod
     def connect(cls, address: str) -> Channel:
@@ -55,17 +58,12 @@ class Channel:
     @property
     def events(self) -> int:
         """What to wait for, as poll and epoll call it."""
-        return select.POLLIN | select.POLLOUT if self._unsent else select.POLLIN
-
-    @property
-    def is_blocked(self) -> bool:
-        """Tell whether something waits to be sent."""
-        return bool(self._unsent)
+        return select.POLLIN | select.POLLOUT if self.unsent else select.POLLIN
 
     @property
     def is_midway(self) -> bool:
         """Tell whether something waits to be sent, or has come in and is not a whole message yet."""
-        return bool(self._unsent) or len(self._inbox) > 0
+        return bool(self.unsent) or len(self._inbox) > 0
 
     def send(self, message: Message) -> None:
         """Send a message as far as the connection takes it now; the rest waits for ``flush``.
@@ -75,18 +73,18 @@ class Channel:
             LocalProtocolError: the message is too large.
         """
         data = frame(message)
-        if len(self._unsent) > UNSENT_MAX_BYTES:
+        if len(self.unsent) > UNSENT_MAX_BYTES:
             raise OSError("the other end does not take what it is sent")
-        if self._unsent:
-            self._unsent += data
+        if self.unsent:
+            self.unsent += data
         else:
-            self._unsent = data
+            self.unsent = data
             self.flush()
 
     def flush(self) -> None:
         """Send what the connection takes now. Raises OSError when it is broken."""
         try:
-            self._unsent = self._unsent[self._socket.send(self._unsent):]
+            self.unsent = self.unsent[self._socket.send(self.unsent):]
         except BlockingIOError:
             pass  # poll says when
 
@@ -100,17 +98,13 @@ class Channel:
             raise ConnectionResetError("the other end hung up")
         self._inbox.feed(data)
 
-    def take(self) -> Message | None:
-        """Take the next message that has been received; None when none is complete. Raises as ``Inbox.take``."""
-        return self._inbox.take()
-
     def wait(self, timeout_s: float) -> bool:
         """Wait until there is something to send or to receive, and do it; False on timeout. Raises OSError."""
         poller = select.poll()
         poller.register(self.fd, self.events)
         if not poller.poll(max(0.0, timeout_s * 1000)):
             return False
-        if self._unsent:
+        if self.unsent:
             self.flush()
         self.receive()
         return True

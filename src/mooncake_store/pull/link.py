@@ -62,7 +62,7 @@ class PeerLink:
     def exchange(self) -> str:
         """Send and take in what can be; return why the connection is broken, empty while it is not."""
         try:
-            if self.channel.is_blocked:
+            if self.channel.unsent:
                 self.channel.flush()
             self.channel.receive()
         except ConnectionRefusedError:

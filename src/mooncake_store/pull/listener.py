@@ -95,14 +95,14 @@ class Listener:
     def settle(self, peer: Peer, *, has_more: bool) -> None:
         """Say that a peer has been served for now; ``has_more`` when it has sent what was not looked at yet."""
         channel, now_s = peer.channel, time.monotonic()
-        is_heard = not (has_more or channel.is_blocked)
+        is_heard = not (has_more or channel.unsent)
         if is_heard != peer.is_heard:
             peer.is_heard = is_heard
             # What waits for its turn does so as a writable connection: turns are shared fairly.
             self._epoll.modify(channel.fd, select.EPOLLIN if is_heard else select.EPOLLOUT)
         if not channel.is_midway:
             peer.due_s = now_s + IDLE_MAX_S
-        elif (has_more and not channel.is_blocked) or peer.due_s > now_s + STEP_MAX_S:
+        elif (has_more and not channel.unsent) or peer.due_s > now_s + STEP_MAX_S:
             peer.due_s = now_s + STEP_MAX_S
 
     def drop(self, peer: Peer, why: str) -> None:

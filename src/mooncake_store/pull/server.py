@@ -149,12 +149,12 @@ class PullServer:
     def _serve(self, peer: Peer) -> None:
         """Take what a peer sent and answer it, as long as it takes the answers. Raises OSError, FramingError."""
         channel = peer.channel
-        if channel.is_blocked:
+        if channel.unsent:
             channel.flush()
         elif peer.is_heard:
             channel.receive()
         for _ in range(MESSAGES_PER_TURN_MAX):
-            if channel.is_blocked or self._is_closing:
+            if channel.unsent or self._is_closing:
                 break
             if not self._serve_one(peer):
                 self._listener.settle(peer, has_more=False)
@@ -179,24 +179,21 @@ class PullServer:
             self._metrics.add("mooncake_protocol_errors_total", reason="internal")
             logger.exception("a message could not be served")
             answer = Denied(0, "unexpected", "internal error")
-        if answer is not None:
-            self._send(peer, answer)
-        return True
-
-    def _send(self, peer: Peer, answer: Message) -> None:
         try:
-            peer.channel.send(answer)
+            if answer is not None:
+                peer.channel.send(answer)
         except LocalProtocolError as error:
             # The asker's own deadline covers an answer that never comes.
             self._metrics.add("mooncake_protocol_errors_total", reason="unsent")
             logger.warning("an answer could not be sent: %s", error)
+        return True
 
     def _answer(self, peer: Peer, message: Message) -> Message | None:
         match message:
-            case Acquire():
-                return self._acquire(peer, message)
             case Fetch():
                 return self._fetch(message)
+            case Acquire():
+                return self._acquire(peer, message)
             case Release(lease_id):
                 lease = self._leases.release(peer.number, lease_id)
                 if lease is not None:

@@ -22,6 +22,7 @@ returned unchanged; 0 answers a message that could not be understood.
 
 from __future__ import annotations
 
+import struct
 from typing import Annotated
 
 import msgspec
@@ -215,7 +216,7 @@ Message = (Hello | Welcome | Acquire | Granted | Denied | Renew | Renewed | Rele
 
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
-_VERSION = bytes([WIRE_VERSION])
+_HEAD = struct.Struct(">IB")
 
 
 def encode(message: Message) -> bytes:
@@ -224,13 +225,19 @@ def encode(message: Message) -> bytes:
     Raises:
         LocalProtocolError: if it is larger than ``MESSAGE_MAX_BYTES``; senders split before that.
     """
-    data = _VERSION + _ENCODER.encode(message)
-    if len(data) > MESSAGE_MAX_BYTES:
-        raise LocalProtocolError(f"{type(message).__name__} has {len(data)} bytes, more than {MESSAGE_MAX_BYTES}")
-    return data
+    return frame(message)[LENGTH_BYTES:]
 
 
-def decode(data: bytes | memoryview) -> Message:
+def frame(message: Message) -> bytes:
+    """Return one message as it goes onto a stream. Raises LocalProtocolError as ``encode``."""
+    body = _ENCODER.encode(message)
+    size = len(body) + 1
+    if size > MESSAGE_MAX_BYTES:
+        raise LocalProtocolError(f"{type(message).__name__} has {size} bytes, more than {MESSAGE_MAX_BYTES}")
+    return _HEAD.pack(size, WIRE_VERSION) + body
+
+
+def decode(data: bytes) -> Message:
     """Return the message in ``data``.
 
     Raises:
@@ -249,12 +256,6 @@ def decode(data: bytes | memoryview) -> Message:
     if isinstance(message, Offer) and len(message.keys) != len(message.lengths):
         raise WireError("malformed", f"an offer of {len(message.keys)} keys with {len(message.lengths)} lengths")
     return message
-
-
-def frame(message: Message) -> bytes:
-    """Return one message as it goes onto a stream. Raises LocalProtocolError as ``encode``."""
-    data = encode(message)
-    return len(data).to_bytes(LENGTH_BYTES, "big") + data
 
 
 class Inbox:
@@ -277,15 +278,14 @@ class Inbox:
             WireError: as ``decode``; the message is taken nevertheless.
             FramingError: with ``reason`` ``too_large``.
         """
-        num_bytes = len(self._bytes)
-        if num_bytes < LENGTH_BYTES:
+        data = self._bytes
+        if len(data) < LENGTH_BYTES:
             return None
-        size = int.from_bytes(self._bytes[:LENGTH_BYTES], "big")
-        if size > MESSAGE_MAX_BYTES:
-            raise FramingError("too_large", f"a message of {size} bytes, more than {MESSAGE_MAX_BYTES}")
-        end = LENGTH_BYTES + size
-        if num_bytes < end:
+        end = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "big")
+        if end > LENGTH_BYTES + MESSAGE_MAX_BYTES:
+            raise FramingError("too_large", f"a message of {end - LENGTH_BYTES} bytes, more than {MESSAGE_MAX_BYTES}")
+        if len(data) < end:
             return None
-        data = bytes(self._bytes[LENGTH_BYTES:end])
-        del self._bytes[:end]
-        return decode(data)
+        message = bytes(data[LENGTH_BYTES:end])
+        del data[:end]
+        return decode(message)
