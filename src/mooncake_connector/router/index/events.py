@@ -224,9 +224,9 @@ def decode_batch(payload: bytes, dialect: Dialect = "vllm") -> Batch:
         event = _read(each)
         if event is None:
             num_ignored += 1
-        elif isinstance(event, Removed) and events and _is_alike(events[-1], event):
+        elif isinstance(event, Removed) and events and isinstance(old := events[-1], Removed) and _is_alike(old, event):
             # vLLM removes block by block.
-            events[-1].hashes.extend(event.hashes)
+            old.hashes.extend(event.hashes)
         else:
             events.append(event)
     return Batch(wire.time_s, events, num_ignored)
