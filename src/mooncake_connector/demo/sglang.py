@@ -28,7 +28,8 @@ from mooncake_store.errors import ConfigError
 ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                "SGLANG_DISAGG_PREFILL_EARLY_SEND_CACHED_PREFIX": "false"}
 CACHE_TOKENS = 8192
-CHUNK_TOKENS = 512
+CHUNK_TOKENS = 4096
+"""A whole prompt: on a CPU, SGLang computes the attention of a chunk anew over everything before it."""
 PAGE_TOKENS = 16
 MIB = 1 << 20
 
