@@ -24,6 +24,7 @@ from mooncake_store.errors import LocalProtocolError
 
 WAITING_MAX = 65_536
 PRIORITY_MAX = 8
+REUSES_MAX = 16
 REPLAN_S = 0.1
 ALWAYS_PLANNED = 32
 SLACK_SHARE = 0.5
@@ -57,11 +58,14 @@ class Hints(msgspec.Struct, frozen=True, kw_only=True):
         ttft_s: a deadline of its own; only one that is earlier than its class's counts.
         priority: each step doubles or halves the request's weight.
         num_output_tokens: expected length of the answer.
+        num_reuses: requests to come that will begin with this one's prompt; it is worth as much more, because each of
+            them costs its work otherwise.
     """
 
     ttft_s: float = math.inf
     priority: int = 0
     num_output_tokens: int = 0
+    num_reuses: int = 0
 
 
 NO_HINTS = Hints()
@@ -217,7 +221,9 @@ class AdmissionQueue:
             tenant=tenant,
             arrived_s=outlook.now_s,
             deadline_s=outlook.now_s + min(service.ttft_s, max(hints.ttft_s, 0.0)),
-            weight=service.weight * 2.0 ** min(max(hints.priority, -PRIORITY_MAX), PRIORITY_MAX),
+            weight=service.weight
+            * 2.0 ** min(max(hints.priority, -PRIORITY_MAX), PRIORITY_MAX)
+            * (1 + min(max(hints.num_reuses, 0), REUSES_MAX)),
             work_s=work_s,
             held_token_s=held_token_s,
             num_tokens=num_tokens,
@@ -238,12 +244,13 @@ class AdmissionQueue:
         self.is_changed = True
         return self._waiting.pop(request_id, None)
 
-    def dispatch(self, request_id: str, *, now_s: float) -> None:
+    def dispatch(self, request_id: str, *, now_s: float) -> Waiting:
         """Take out a request that was given to engines, and charge its tenant and class."""
         waiting = self._waiting.pop(request_id)
         self.is_changed = True
         self._tenants.add(waiting.tenant, waiting.num_tokens, now_s=now_s)
         self._served_classes.add(waiting.class_name, waiting.num_tokens, now_s=now_s)
+        return waiting
 
     def is_welcome(self, waiting: Waiting, outlook: Outlook, *, ready_s: float) -> bool:
         """Tell whether a request that waits alone, and can begin in ``ready_s``, is in time and not too dear."""

@@ -240,6 +240,11 @@ class Placer:
         self._roster.catch_up()
         return self._roster.decode_tokens
 
+    def is_prefilling(self, transfer_id: str) -> bool:
+        """Tell whether an open placement's prefill, on an engine of its own, is not over."""
+        opened = self._open.get(transfer_id)
+        return opened is not None and bool(opened.prefill_url)
+
     def decoding(self, url: str) -> tuple[int, int]:
         """Return how many requests decode on an engine, or will, and the KV memory that they need in tokens."""
         row = self._roster.row(url)

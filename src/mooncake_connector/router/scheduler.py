@@ -5,6 +5,7 @@ Pure: no sockets, threads or clocks. Not thread-safe; one owner. The simulator d
 
 from __future__ import annotations
 
+import heapq
 import math
 from typing import Literal, NamedTuple
 
@@ -74,6 +75,7 @@ class Scheduler:
         self._is_rejecting = is_rejecting
         self._dispatch_below_s = dispatch_below_s
         self._submissions: dict[str, Submission] = {}
+        self._promised: list[tuple[float, str]] = []
         self._mean_tokens = 8192.0
         self._wake_s = 0.0
 
@@ -83,6 +85,9 @@ class Scheduler:
 
     def submit(self, submission: Submission, *, now_s: float) -> list[Action]:
         """Take in a request and return what is to be done now, for this and for other requests."""
+        return [*self._late(now_s), *self._submit(submission, now_s)]
+
+    def _submit(self, submission: Submission, now_s: float) -> list[Action]:
         place, now_ns = submission.place, int(now_s * 1e9)
         outlook = self._outlook(now_s)
         open_below_s = self._dispatch_below_s if self._mode == "queue" else math.inf
@@ -139,7 +144,20 @@ class Scheduler:
 
     def poll(self, *, now_s: float) -> list[Action]:
         """Return what is to be done now: call it whenever something finished, and at :meth:`wake_s`."""
-        return self._poll(now_s, self._outlook(now_s)) if self._submissions else []
+        late = self._late(now_s)
+        return [*late, *self._poll(now_s, self._outlook(now_s))] if self._submissions else late
+
+    def _late(self, now_s: float) -> list[Action]:
+        """Return those that were sent and could not be computed by their deadline: what they still use is for others.
+
+        They are open until whoever stopped them says so, see :meth:`cancel`.
+        """
+        late: list[Action] = []
+        while self._promised and self._promised[0][0] <= now_s:
+            _, request_id = heapq.heappop(self._promised)
+            if self.placer.is_prefilling(request_id):
+                late.append(Rejected(request_id, "late", 1))
+        return late
 
     def _poll(self, now_s: float, outlook: Outlook, known: tuple[str, Choice] | None = None) -> list[Action]:
         """Drop and dispatch; ``known`` is what the placer has just proposed, and for which request."""
@@ -162,8 +180,9 @@ class Scheduler:
 
     @property
     def wake_s(self) -> float | None:
-        """Return when to poll again if nothing happens before; None when nothing waits."""
-        return self._wake_s if self._submissions else None
+        """Return when to poll again if nothing happens before; None when nothing is waited for."""
+        waits_s = [self._wake_s] if self._submissions else []
+        return min(waits_s + [due_s for due_s, _ in self._promised[:1]], default=None)
 
     def cancel(self, request_id: str, *, now_s: float) -> None:
         """Forget a request whose client left or whose time is up, wherever it is."""
@@ -212,7 +231,9 @@ class Scheduler:
 
     def _dispatch(self, submission: Submission, choice: Choice, now_s: float) -> Dispatched:
         request_id = submission.place.request_id
-        self.queue.dispatch(request_id, now_s=now_s)
+        waiting = self.queue.dispatch(request_id, now_s=now_s)
+        if self._is_rejecting and self._mode == "queue":
+            heapq.heappush(self._promised, (max(waiting.deadline_s, now_s), request_id))
         placed = self.placer.commit(submission.place, request_id, choice, now_ns=int(now_s * 1e9))
         return Dispatched(request_id, choice, placed)
 

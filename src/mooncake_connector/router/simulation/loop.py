@@ -144,6 +144,8 @@ class Simulation:
         for action in actions:
             if isinstance(action, Dispatched):
                 self._send(int(action.request_id), action, now_s)
+            elif isinstance(action, Rejected) and action.reason == "late":
+                self._take_back(int(action.request_id), now_s)
             elif isinstance(action, Rejected):
                 self._reject(int(action.request_id), action.reason, action.retry_after_s, now_s)
             else:
@@ -171,9 +173,6 @@ class Simulation:
         engine.waiting.append(PrefillJob(number, fetched_tokens, fetched_at_s))
         self._targets[number] = (engine.url, action.choice.decode.url)
         self._begin(engine, now_s)
-        if self._spec.mode == "queue" and self._spec.is_rejecting:
-            service = self._spec.classes.get(request.service_class) or self._spec.classes[""]
-            self._at(max(outcome.arrived_s + service.ttft_s, now_s), self._time_up, number)
 
     def _longest(self, request: TraceRequest) -> tuple[str, int]:
         """Return the engine with the longest prefix of a request, and how many tokens that are."""
@@ -235,11 +234,9 @@ class Simulation:
         self._at(max(now_s, arrived_s), self._hand_over, number)
         self._poll(now_s)
 
-    def _time_up(self, now_s: float, number: int) -> None:
-        outcome = self.outcomes[number]
-        if outcome.prefilled_s >= 0:
-            return
-        engine = self._prefill[self._targets[number][0]]
+    def _take_back(self, number: int, now_s: float) -> None:
+        """Cancel a request at its engine."""
+        engine, outcome = self._prefill[self._targets[number][0]], self.outcomes[number]
         is_running = engine.running is not None and engine.running.number == number
         engine.take_away(number)
         outcome.prefill_work_s = now_s - engine.begun_s if is_running else 0.0
