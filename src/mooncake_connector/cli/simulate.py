@@ -23,6 +23,8 @@ from mooncake_store import __version__
 from mooncake_store.errors import ConfigError
 
 PAID = "paid"
+DEFAULT_POLICIES = "joint,mooncake_paper,least_loaded"
+DEFAULT_LOADS = "1,2,2.5"
 RUNS_MAX = 1000
 
 
@@ -37,15 +39,15 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("trace", metavar="TRACE", help="file with one JSON object per request")
     parser.add_argument(
         "--policies",
-        default="joint,mooncake_paper,least_loaded",
+        default=DEFAULT_POLICIES,
         metavar="LIST",
-        help=f"of {', '.join(POLICIES)} (default: %(default)s)",
+        help=f"of {', '.join(POLICIES)} (default: {DEFAULT_POLICIES})",
     )
     parser.add_argument(
         "--load",
-        default="1,2,2.5",
+        default=DEFAULT_LOADS,
         metavar="LIST",
-        help="how many times as fast requests arrive (default: %(default)s)",
+        help=f"how many times as fast requests arrive (default: {DEFAULT_LOADS})",
     )
     parser.add_argument("--no-reject", action="store_true", help="refuse nobody, however late they will be")
     parser.add_argument("--ttft", type=float, default=30.0, metavar="S", help="promised first token (default: 30)")
