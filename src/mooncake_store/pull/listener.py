@@ -92,8 +92,14 @@ class Listener:
                 self.drop(peer, "it took too long")
         return ready
 
-    def settle(self, peer: Peer, *, has_more: bool) -> None:
-        """Say that a peer has been served for now; ``has_more`` when it has sent what was not looked at yet."""
+    def settle(self, peer: Peer, *, num_served: int, has_more: bool) -> None:
+        """Say that a peer has been served for now.
+
+        Args:
+            peer: who.
+            num_served: how many of its messages; with none, what it has begun is not any nearer to its end.
+            has_more: it may have sent more, which was not looked at.
+        """
         channel, now_s = peer.channel, time.monotonic()
         is_heard = not (has_more or channel.unsent)
         if is_heard != peer.is_heard:
@@ -102,7 +108,7 @@ class Listener:
             self._epoll.modify(channel.fd, select.EPOLLIN if is_heard else select.EPOLLOUT)
         if not channel.is_midway:
             peer.due_s = now_s + IDLE_MAX_S
-        elif (has_more and not channel.unsent) or peer.due_s > now_s + STEP_MAX_S:
+        elif num_served or peer.due_s > now_s + STEP_MAX_S:
             peer.due_s = now_s + STEP_MAX_S
 
     def drop(self, peer: Peer, why: str) -> None:

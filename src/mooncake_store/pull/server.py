@@ -153,13 +153,11 @@ class PullServer:
             channel.flush()
         elif peer.is_heard:
             channel.receive()
-        for _ in range(MESSAGES_PER_TURN_MAX):
-            if channel.unsent or self._is_closing:
-                break
-            if not self._serve_one(peer):
-                self._listener.settle(peer, has_more=False)
-                return
-        self._listener.settle(peer, has_more=True)
+        num_served, has_more = 0, True
+        while has_more and num_served < MESSAGES_PER_TURN_MAX and not channel.unsent and not self._is_closing:
+            has_more = self._serve_one(peer)
+            num_served += has_more
+        self._listener.settle(peer, num_served=num_served, has_more=has_more)
 
     def _serve_one(self, peer: Peer) -> bool:
         """Take and answer one message; False when there is none. Raises OSError, FramingError."""

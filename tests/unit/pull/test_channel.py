@@ -103,9 +103,10 @@ def test_a_message_that_does_not_fit_the_connection_is_sent_as_room_comes(listen
     for _ in range(1000):
         for peer in listening.wait(0.1):
             peer.channel.receive()
+            num_before = len(received)
             while (message := peer.channel.take()) is not None:
                 received.append(message)
-            listening.settle(peer, has_more=False)
+            listening.settle(peer, num_served=len(received) - num_before, has_more=False)
         if reader.unsent:
             reader.flush()
         if len(received) == num_sent:
@@ -132,7 +133,7 @@ def test_half_a_message_is_waited_for_only_so_long(listening, monkeypatch):
         (peer,) = listening.wait(1.0)
         peer.channel.receive()
         assert peer.channel.take() is None
-        listening.settle(peer, has_more=False)
+        listening.settle(peer, num_served=0, has_more=False)
         wait_for(lambda: listening.wait(0.02) or not listening._peers)
         raw.settimeout(5)
         assert raw.recv(1) == b""
@@ -147,7 +148,7 @@ def test_a_peer_that_says_nothing_and_one_that_is_silent_for_long_are_hung_up_on
     (peer,) = listening.wait(1.0)
     peer.channel.receive()
     peer.channel.take()
-    listening.settle(peer, has_more=False)
+    listening.settle(peer, num_served=1, has_more=False)
     wait_for(lambda: listening.wait(0.01) or is_hung_up(mute))
     assert len(listening._peers) == 1, "the one that spoke has more time"
     wait_for(lambda: listening.wait(0.01) or is_hung_up(talker))
