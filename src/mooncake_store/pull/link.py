@@ -86,8 +86,10 @@ class PeerLink:
         while (remaining_ns := until_ns - time.monotonic_ns()) > 0 and self._poller.poll(remaining_ns / 1e6):
             self.channel.receive()
             while (message := self.channel.take()) is not None:
-                if isinstance(message, Fetched | Denied) and message.request_id == request_id:
-                    return message.blocks if isinstance(message, Fetched) else None
+                if isinstance(message, Fetched) and message.request_id == request_id:
+                    return message.blocks
+                if isinstance(message, Denied) and message.request_id == request_id:
+                    return None
         return None
 
     def attach(self, media: Attacher, region: RegionDescriptor, *, deadline_ns: int) -> str:

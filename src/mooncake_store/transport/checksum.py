@@ -86,7 +86,8 @@ def checksum_of(ranges: npt.NDArray[np.uint64]) -> int:
 
 def checksum_of_bytes(image: bytes) -> int:
     """Return the checksum of at most ``STEP_BYTES`` bytes, at least one."""
-    words = np.frombuffer(image + bytes(-len(image) % _WORD_BYTES), "<u8")
+    padding = -len(image) % _WORD_BYTES
+    words = np.frombuffer(image + bytes(padding) if padding else image, "<u8")
     return _digest([len(image).to_bytes(8, "little"), _stretches(words)])
 
 
