@@ -253,8 +253,11 @@ class AdmissionQueue:
         return waiting
 
     def is_welcome(self, waiting: Waiting, outlook: Outlook, *, ready_s: float) -> bool:
-        """Tell whether a request that waits alone, and can begin in ``ready_s``, is in time and not too dear."""
-        is_in_time = outlook.now_s + ready_s + self._own_s(waiting, outlook) <= waiting.deadline_s
+        """Tell whether a request that waits alone, and can begin in ``ready_s``, is in time and not too dear.
+
+        It makes nobody else late, so a fair chance will do: no margin for the error of its prediction.
+        """
+        is_in_time = outlook.now_s + ready_s + waiting.work_s + self._safety_s <= waiting.deadline_s
         return is_in_time and not self._too_dear(outlook)
 
     def is_plan_due(self, now_s: float) -> bool:
