@@ -15,7 +15,7 @@ from mooncake_store.metrics import Metrics
 from mooncake_store.pull.base import GetOutcome, Pulled, Runs
 from mooncake_store.pull.link import PeerLink
 from mooncake_store.pull.peers import Peers
-from mooncake_store.pull.wire import FETCH_MAX_BYTES, FetchedBlock, WireError
+from mooncake_store.pull.wire import FETCH_MAX_BYTES, KEYS_MAX, FetchedBlock, WireError
 from mooncake_store.transport.checksum import checksum_of_bytes
 from mooncake_store.transport.tcp_stream import SPACE
 from mooncake_store.types import BlockKey, HostIdentity, NodeId
@@ -49,8 +49,10 @@ class Fetcher:
 
         ``holders`` says who may be asked for each; ``targets`` where each goes.
         """
+        if not 0 < len(keys) <= KEYS_MAX or deadline_ns <= now_ns:
+            return None
         num_bytes = sum([length for runs in targets for _, length in runs])
-        if not 0 < num_bytes <= self._max_bytes:
+        if num_bytes > self._max_bytes:
             return None
         candidates = [node for node in holders[0] if all(node in others for others in holders[1:])]
         link = self._peers.take_idle(candidates, num_bytes, own_host=self._own_host, now_ns=now_ns)

@@ -133,7 +133,8 @@ class Listener:
     def _accept(self) -> None:
         try:
             connection, _ = self._socket.accept()
-        except BlockingIOError:
+            channel = Channel(connection)
+        except (BlockingIOError, ConnectionAbortedError):
             return
         except OSError as error:
             logger.warning("cannot accept a peer: %s", error)
@@ -141,9 +142,8 @@ class Listener:
             return
         if len(self._peers) >= PEERS_MAX:
             logger.warning("turning a peer away: there are %d already", PEERS_MAX)
-            connection.close()
+            channel.close()
             return
         self._num_accepted += 1
-        peer = Peer(self._num_accepted, Channel(connection), time.monotonic() + STEP_MAX_S)
-        self._peers[peer.channel.fd] = peer
-        self._epoll.register(peer.channel.fd, select.EPOLLIN)
+        self._peers[channel.fd] = Peer(self._num_accepted, channel, time.monotonic() + STEP_MAX_S)
+        self._epoll.register(channel.fd, select.EPOLLIN)

@@ -138,6 +138,9 @@ class PullServer:
                     except (OSError, FramingError) as error:
                         self._listener.drop(peer, str(error))
                 self._let_go([lease.blocks for lease in self._leases.expire(time.monotonic_ns())], "expired")
+        except Exception:  # the thread's border
+            self._metrics.add("mooncake_protocol_errors_total", reason="internal")
+            logger.exception("peers are not answered any more")
         finally:
             self._let_go([lease.blocks for lease in self._leases.clear()], "closed")
             self._listener.close()
