@@ -24,6 +24,9 @@ _KEPT_ERAS = 4 * ERAS
 class Tier(enum.IntEnum):
     """Where a block lies, nearest first. POOL is reachable for every engine, the others for their own."""
 
+    # An enum's own hash costs more than the rest of a lookup.
+    __hash__ = int.__hash__
+
     DEVICE = 0
     HOST = 1
     DISK = 2

@@ -40,8 +40,7 @@ Hash = (
     | Annotated[bytes, msgspec.Meta(min_length=HASH_MIN_BYTES, max_length=HASH_MAX_BYTES)]
 )
 Hashes = Annotated[list[Hash], msgspec.Meta(max_length=HASHES_MAX)]
-Token = Annotated[int, msgspec.Meta(ge=0, lt=1 << 32)]
-TokenIds = Annotated[list[Token | list[Token]], msgspec.Meta(max_length=TOKENS_MAX)]
+TokenIds = Annotated[list[int | list[int]], msgspec.Meta(max_length=TOKENS_MAX)]
 BlockTokens = Annotated[int, msgspec.Meta(ge=0, le=BLOCK_TOKENS_MAX)]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_MAX_CHARS)]
 Group = Annotated[int, msgspec.Meta(ge=0, lt=GROUPS_MAX)]
@@ -49,6 +48,7 @@ Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 40)]
 ExtraKeys = Annotated[list[list[Any] | None], msgspec.Meta(max_length=HASHES_MAX)]
 
 TIERS = {
+    "GPU": Tier.DEVICE,
     "gpu": Tier.DEVICE,
     "cpu": Tier.HOST,
     "cpu_pinned": Tier.HOST,
@@ -159,6 +159,11 @@ class _SglangStoredItems(msgspec.Struct, array_like=True, tag="BlockStored"):
     cache_salt: Text | None = None
     session_id: Text | None = None
     lora_name: Text | None = None
+    # What these arrays never told.
+    extra_keys: None = None
+    group_idx: None = None
+    kv_cache_spec_kind: None = None
+    locality: None = None
 
 
 class _RemovedItems(_RemovedFields, array_like=True, tag="BlockRemoved"):
@@ -224,10 +229,7 @@ def decode_batch(payload: bytes, dialect: Dialect = "vllm") -> Batch:
         event = _read(each)
         if event is None:
             num_ignored += 1
-        elif isinstance(event, Removed) and events and isinstance(old := events[-1], Removed) and _is_alike(old, event):
-            # vLLM removes block by block.
-            old.hashes.extend(event.hashes)
-        else:
+        elif not isinstance(event, Removed) or not _is_merged(event, events):
             events.append(event)
     return Batch(wire.time_s, events, num_ignored)
 
@@ -246,7 +248,7 @@ def _decode(payload: bytes, dialect: Dialect) -> _Wire:
 def _read(event: Any) -> KvEvent | None:
     if isinstance(event, _ClearedFields):
         return Cleared()
-    tier = _tier(event)
+    tier = _tier(event.medium, event.locality)
     if tier is None:
         return None
     hashes = _words(event.block_hashes)
@@ -266,33 +268,42 @@ def _read(event: Any) -> KvEvent | None:
         tokens,
         block_tokens,
         tier,
-        getattr(event, "group_idx", None) or 0,
-        _window(event, block_tokens),
+        event.group_idx or 0,
+        _window(event, block_tokens) if event.kv_cache_spec_kind is not None else 0,
         lora,
         salt,
         contents,
     )
 
 
-def _is_alike(last: KvEvent, event: Removed) -> bool:
-    return isinstance(last, Removed) and (last.tier, last.group) == (event.tier, event.group)
+def _is_merged(event: Removed, events: list[KvEvent]) -> bool:
+    """Put a removal into the one before it, if it goes on with it: vLLM removes block by block."""
+    last = events[-1] if events else None
+    if not isinstance(last, Removed) or (last.tier, last.group) != (event.tier, event.group):
+        return False
+    last.hashes.extend(event.hashes)
+    return True
 
 
 def _tokens(token_ids: list[Any]) -> array.array[int]:
     try:
+        if token_ids and type(token_ids[0]) is list:
+            # With speculative decoding SGLang tells each token with its neighbour; the first of each pair is the text.
+            token_ids = [first for first, _ in token_ids]
         return array.array("I", token_ids)
-    except TypeError:
-        # With speculative decoding SGLang tells each token with its neighbour; the first of each pair is the text.
-        if any(type(token) is not list or len(token) != 2 for token in token_ids):
-            raise RemoteProtocolError("malformed batch of KV events: tokens and pairs of tokens are mixed") from None
-        return array.array("I", [token[0] for token in token_ids])
+    except (TypeError, ValueError) as error:
+        raise RemoteProtocolError("malformed batch of KV events: tokens and pairs of tokens are mixed") from error
+    except OverflowError as error:
+        raise RemoteProtocolError(f"malformed batch of KV events: a token is no 32-bit number: {error}") from error
 
 
-def _tier(event: Any) -> Tier | None:
-    if event.medium is None:
+def _tier(medium: str | None, locality: str | None) -> Tier | None:
+    if medium is None:
         return Tier.DEVICE
-    tier = TIERS.get(event.medium.lower())
-    return Tier.POOL if tier is Tier.DISK and getattr(event, "locality", None) == "REMOTE" else tier
+    tier = TIERS.get(medium)
+    if tier is None:
+        tier = TIERS.get(medium.lower())
+    return Tier.POOL if tier is Tier.DISK and locality == "REMOTE" else tier
 
 
 def _word(value: int | bytes) -> int:
@@ -310,7 +321,7 @@ def _words(values: list[Any]) -> list[int]:
 
 
 def _window(event: Any, block_tokens: int) -> int:
-    kind = getattr(event, "kv_cache_spec_kind", None)
+    kind = event.kv_cache_spec_kind
     if kind in _WINDOWED_KINDS:
         window: int = event.kv_cache_spec_sliding_window or 0
         return window
@@ -323,7 +334,7 @@ def _scope(event: Any) -> tuple[str, str, list[bytes] | None]:
     if not lora and event.lora_id:
         lora = f"#{event.lora_id}"
     salt = event.cache_salt or ""
-    keys = getattr(event, "extra_keys", None)
+    keys = event.extra_keys
     if not keys or not any(keys):
         return lora, salt, None
     if len(keys) != len(event.block_hashes):

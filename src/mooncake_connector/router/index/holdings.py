@@ -53,6 +53,7 @@ class _Stream:
 
     Attributes:
         is_partial: some of what the engine holds could not be indexed in this life.
+        is_told: whether the sequencer was not stale when it was last looked at.
     """
 
     def __init__(self, dialect: Dialect, life: Life, fill_timeout_ns: int) -> None:
@@ -60,6 +61,7 @@ class _Stream:
         self.sequencer: Sequencer[Batch] = Sequencer(fill_timeout_ns=fill_timeout_ns)
         self.life = life
         self.is_partial = False
+        self.is_told = False
 
 
 class Holdings:
@@ -186,7 +188,8 @@ class Holdings:
             self.counts["malformed"] += 1
             self._carry_out(source, stream, stream.sequencer.on_unreadable(number, now_ns=now_ns))
             raise
-        self.counts["ignored"] += batch.num_ignored
+        if batch.num_ignored:
+            self.counts["ignored"] += batch.num_ignored
         take = stream.sequencer.on_replayed if is_replay else stream.sequencer.on_live
         return self._carry_out(source, stream, take(number, batch.time_s, batch, now_ns=now_ns))
 
@@ -218,8 +221,6 @@ class Holdings:
 
     def _carry_out(self, source: Source, stream: _Stream, steps: Sequence[Apply[Batch] | Clear | Ask]) -> Ask | None:
         ask = None
-        if source.url not in self.told or stream.sequencer.is_stale:
-            self._told = None  # it may become known, or no longer be
         for step in steps:
             if isinstance(step, Apply):
                 self._apply(source, stream, step.batch)
@@ -228,6 +229,9 @@ class Holdings:
                 self._clear(source, stream)
             else:
                 ask = step
+        if stream.is_told is stream.sequencer.is_stale:
+            stream.is_told = not stream.is_told
+            self._told = None
         return ask
 
     def _apply(self, source: Source, stream: _Stream, batch: Batch) -> None:
@@ -260,4 +264,5 @@ class Holdings:
         self._intake.close(stream.life)
         stream.life = self._intake.open()
         stream.is_partial = False
+        self._told = None
         self._sources[stream.life.stream] = source

@@ -20,7 +20,7 @@ from mooncake_connector.router.index.columns import Column, Tier
 from mooncake_connector.router.index.events import ANY_GROUP, Removed, Stored
 from mooncake_connector.router.index.hashing import DEPTH_MAX, WORD_MASK, TokenHash, Words
 
-FLUSH_BLOCKS = 1024
+FLUSH_BLOCKS = 2048
 COLUMNS_PER_STREAM_MAX = 64
 _ODD = 0xD6E8FEB86659FD93
 _ODD_WORD = np.uint64(_ODD)
@@ -46,11 +46,20 @@ class Life:
         self.stream = stream
         self.salt = salt
         self.columns: dict[tuple[int, int], Column] = {}
+        self._kinds: dict[tuple[Tier, int], _Kind] = {}
         # What is gathered and not yet carried out, by the engine's hashes.
         self.stored: dict[_Kind, set[int]] = {}
         self.tails: dict[_Kind, dict[int, tuple[int, int]]] = {}
         self.linked: set[int] = set()
         self.removed: set[int] = set()
+
+    def kind(self, event: Stored, column: Column) -> _Kind:
+        """Return what an event's stores have in common with others."""
+        key = event.tier, column.number
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind(event.block_tokens, event.tier, event.group, column.word)
+        return kind
 
     def name(self, value: int) -> int:
         """Return the name of a block in the index, from the engine's hash."""
@@ -155,7 +164,7 @@ class Intake:
             self._gather_links(life, event)
             return True
         column = self._column(life, event)
-        kind = _Kind(event.block_tokens, event.tier, event.group, column.word)
+        kind = life.kind(event, column)
         start = self._start(life, event, kind)
         if start is not None and not life.claim(kind, hashes):
             self.flush()

@@ -131,9 +131,8 @@ def _leading_bits(masks: Words, bits: int) -> dict[int, int]:
     if not current:
         return counts
     common = np.bitwise_and.accumulate(masks)
-    common &= np.uint64(bits)
     for position in (common[1:] != common[:-1]).nonzero()[0].tolist():
-        after = common.item(position + 1)
+        after = common.item(position + 1) & bits
         _note(counts, current & ~after, position + 1)
         current = after
     _note(counts, current, masks.size)

@@ -28,6 +28,9 @@ FILL_TIMEOUT_NS = 2_000_000_000
 class State(enum.Enum):
     """How far a stream is known."""
 
+    # Members are unique: their identity will do, and an enum's own hash costs more than all the rest of a lookup.
+    __hash__ = object.__hash__
+
     EMPTY = "empty"
     LIVE = "live"
     FILLING = "filling"
@@ -40,6 +43,8 @@ class Seen(enum.Enum):
     process. CONNECTED: perhaps batches were missed without a sign. FILLED: nothing is missing. GIVEN_UP: what is
     missing will not come. RENEWED: somebody else says that the process is a new one.
     """
+
+    __hash__ = object.__hash__
 
     NEXT = "next"
     OLD = "old"
@@ -164,6 +169,10 @@ class Sequencer(Generic[T]):
     def on_live(self, number: int, time_s: float, batch: T, *, now_ns: int) -> list[Apply[T] | Clear | Ask]:
         """Take a batch from the live socket."""
         self._now_ns = now_ns
+        if self.state is State.LIVE and number == self.next_number:
+            # What the table says of NEXT, for the case that is all but every one.
+            self._apply(number, _Held(time_s, batch))
+            return self._take_steps()
         self._see(self._classify(number, time_s), number, _Held(time_s, batch))
         if self.state is State.FILLING and len(self._held) > HELD_MAX:
             self._see(Seen.GIVEN_UP)

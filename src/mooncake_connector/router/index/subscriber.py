@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from typing import Any
 
 import zmq
 import zmq.asyncio
 from zmq.utils.monitor import parse_monitor_message
 
+from mooncake_connector.router.engines import EngineTable
 from mooncake_connector.router.index.endpoints import EventSockets, of_rank, seen_from
 from mooncake_connector.router.index.events import (
     END_NUMBER,
@@ -35,6 +36,7 @@ SLICE_S = 0.0005
 FLUSH_EVERY_S = 0.005
 TICK_S = 0.1
 REPLAY_TIMEOUT_S = 5.0
+ANY_ENGINE = "*"
 RECONNECT_MIN_MS = 100
 RECONNECT_MAX_MS = 5_000
 GARBAGE_LOG_EVERY = 1000
@@ -56,10 +58,17 @@ class EventSubscriber:
     Args:
         holdings: what is fed; asked by others on the same loop.
         metrics: a Metrics with ROUTER_METRICS.
+        table: the engines; those that were introduced are followed.
+        where: url -> where it publishes; ``*`` is for those that have no entry and do not tell.
     """
 
-    def __init__(self, holdings: Holdings, metrics: Metrics) -> None:
+    def __init__(
+        self, holdings: Holdings, metrics: Metrics, *, table: EngineTable, where: Mapping[str, EventSockets]
+    ) -> None:
         self.holdings = holdings
+        self._table = table
+        self._where = where
+        self._refused: set[str] = set()
         self._metrics = metrics
         self._context = zmq.asyncio.Context()
         self._links: dict[Source, _Link] = {}
@@ -71,29 +80,31 @@ class EventSubscriber:
         """Follow an engine's streams; of one that is followed already, only if they are elsewhere now.
 
         Raises:
-            ConfigError: when an endpoint makes no sense.
+            ConfigError: when an endpoint makes no sense, or there are too many; the engine is not followed then.
         """
-        sockets = seen_from(url, sockets)
         if self._sockets.get(url) == sockets:
             return
         self.unfollow(url)
-        for rank in range(sockets.num_ranks):
-            source = Source(url, rank)
-            endpoint, replay = (of_rank(each, rank) for each in (sockets.endpoint, sockets.replay))
-            try:
-                self.holdings.add(source, sockets.dialect)
-                self._connect(source, endpoint, replay, sockets.topic)
-            except CapacityExceeded as error:
-                log.warning("KV events of %s are not followed: %s", url, error)
-            except zmq.ZMQError as error:
-                self.holdings.remove(source)
-                raise ConfigError(f"cannot follow {endpoint}: {error}", where="kv_events") from error
+        seen = seen_from(url, sockets)
+        endpoints = [
+            tuple(of_rank(each, rank) for each in (seen.endpoint, seen.replay)) for rank in range(sockets.num_ranks)
+        ]
+        try:
+            for rank, (endpoint, replay) in enumerate(endpoints):
+                self.holdings.add(Source(url, rank), sockets.dialect)
+                self._connect(Source(url, rank), endpoint, replay, sockets.topic)
+        except (zmq.ZMQError, CapacityExceeded) as error:
+            self._drop(url)
+            raise ConfigError(f"cannot follow {seen.endpoint}: {error}", where="kv_events") from error
         self._sockets[url] = sockets
-        log.info("following KV events of %s at %s, %d ranks", url, sockets.endpoint, sockets.num_ranks)
+        log.info("following KV events of %s at %s, %d ranks", url, seen.endpoint, seen.num_ranks)
 
     def unfollow(self, url: str) -> None:
         """Follow an engine no longer. Idempotent."""
         self._sockets.pop(url, None)
+        self._drop(url)
+
+    def _drop(self, url: str) -> None:
         for source in [each for each in self._links if each.url == url]:
             link = self._links.pop(source)
             for task in (*link.tasks, link.replay):
@@ -101,7 +112,26 @@ class EventSubscriber:
                     task.cancel()
             link.live.disable_monitor()
             link.live.close(linger=0)
+        for source in [each for each in self.holdings.sources() if each.url == url]:
             self.holdings.remove(source)
+
+    def look(self) -> None:
+        """Follow the engines that came, and those that left no longer."""
+        there = {engine.url: engine.introduction for engine in self._table}
+        for url in [each for each in self._sockets if each not in there]:
+            self.unfollow(url)
+        self._refused &= there.keys()
+        for url, introduction in there.items():
+            if introduction is None or url in self._refused:
+                continue
+            sockets = self._where.get(url) or introduction.events or self._where.get(ANY_ENGINE)
+            if sockets is None:
+                continue
+            try:
+                self.follow(url, sockets)
+            except ConfigError as error:
+                self._refused.add(url)
+                log.error("KV events of %s are not followed: %s", url, error)
 
     async def run(self) -> None:
         """Keep time until cancelled: give up what does not come, let what came count, publish counts."""
@@ -114,6 +144,7 @@ class EventSubscriber:
             if loop.time() < next_tick_s:
                 continue
             next_tick_s = loop.time() + TICK_S
+            self.look()
             for source, ask in self.holdings.on_time(now_ns=int(loop.time() * 1e9)):
                 self._ask(source, ask)
             self._publish_counts()

@@ -24,6 +24,7 @@ LANE_BITS = 3
 LOAD_MAX = 0.75
 _GOLDEN = 0x9E3779B97F4A7C15
 _GOLDEN_WORD = np.uint64(_GOLDEN)
+_ONE = np.uint32(1)
 
 
 class KeyTable:
@@ -89,9 +90,7 @@ class KeyTable:
             bucket = (bucket + 1) & self._bucket_mask
 
     def add(self, keys: Words, values: npt.NDArray[Any]) -> Slots:
-        """Put keys that are not there, and return their slots.
-
-        A key may be given several times, with different values: one of them is kept.
+        """Put keys that are not there, each given once, and return their slots.
 
         Raises:
             CapacityExceeded: when the table could become fuller than ``LOAD_MAX``; nothing was added then.
@@ -106,7 +105,7 @@ class KeyTable:
         if left.size:
             self._add_displaced(keys, slots, left)
         self.values[slots] = values
-        self.num_keys += int(np.count_nonzero(self.values.take(slots, mode="clip") == values))
+        self.num_keys += keys.size
         return slots
 
     def _add_displaced(self, keys: Words, slots: Slots, left: Slots) -> None:
@@ -121,8 +120,7 @@ class KeyTable:
             chosen = left[has_room]
             self.keys[slots[chosen]] = keys[chosen]
             if chosen.size < left.size:
-                _, once = np.unique(wanted[~has_room], return_index=True)
-                np.add.at(self._num_past, buckets[~has_room][once], 1)
+                np.add.at(self._num_past, buckets[~has_room], _ONE)
                 buckets = np.where(has_room, buckets, (buckets + 1) & self._bucket_mask)
             lost = (self.keys.take(slots[left], mode="clip") != wanted).nonzero()[0]
             left, buckets = left[lost], buckets[lost]
