@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import importlib
 import logging
+import resource
 import secrets
 import signal
 import uuid
@@ -44,6 +46,7 @@ log = logging.getLogger(__name__)
 BACKLOG_MAX = 4096
 CLIENT_KEEPALIVE_S = 75.0
 CLOSE_TIMEOUT_S = 0.5
+GC_OBJECTS = 20_000
 HEADER_MAX_BYTES = 16 << 10
 
 
@@ -76,7 +79,7 @@ class RouterApp:
         self.service: PlacementService | None = None
         self.discovery: Discovery | None = None
         self.url = ""
-        self._runner: web.AppRunner | None = None
+        self._runner: web.ServerRunner | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -175,14 +178,10 @@ class RouterApp:
             desk = PlacementDesk(self.watch, new_transfer_id=lambda: uuid.uuid4().hex)
             self.service = PlacementService(config.placement, desk=desk, placer=self.placer, metrics=self.metrics)
             self._run(self.service.run(), "placement service")
-        self._runner = web.AppRunner(
-            self.gateway.application(),
-            handler_cancellation=True,
-            access_log=None,
-            keepalive_timeout=CLIENT_KEEPALIVE_S,
-            shutdown_timeout=CLOSE_TIMEOUT_S,
-            max_field_size=HEADER_MAX_BYTES,
+        server = self.gateway.server(
+            access_log=None, keepalive_timeout=CLIENT_KEEPALIVE_S, max_field_size=HEADER_MAX_BYTES
         )
+        self._runner = web.ServerRunner(server, shutdown_timeout=CLOSE_TIMEOUT_S)
         await self._runner.setup()
         site = web.TCPSite(self._runner, config.host, config.port, backlog=BACKLOG_MAX)
         try:
@@ -269,8 +268,12 @@ async def serve(
         ConfigError: when an address cannot be used.
     """
     check_config(config)
+    _allow_many_files()
     app = RouterApp(config)
     await app.start()
+    # What is there by now stays; and requests leave little behind, so that looking for it often only takes time.
+    gc.freeze()
+    gc.set_threshold(GC_OBJECTS)
     loop = asyncio.get_running_loop()
     asked = asyncio.Event()
     hurried = asyncio.Event()
@@ -297,6 +300,12 @@ async def serve(
         await app.stop(drain_timeout_s=0)
         for number in handlers:
             loop.remove_signal_handler(number)
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as it may go: every request needs up to three."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _log_death(task: asyncio.Task[None]) -> None:

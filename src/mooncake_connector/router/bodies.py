@@ -27,7 +27,9 @@ BYTES_PER_TOKEN = 4
 
 _SCOPE_FIELDS = ("model", "tools", "cache_salt", "chat_template", "chat_template_kwargs")
 _PREFILL_DROPPED = ("stream_options", "min_tokens", "n", "logprobs", "top_logprobs", "kv_transfer_params")
-_ENGINE_FIELDS = ("kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disagg_prefill_dp_rank")
+_ENGINE_FIELDS = frozenset(
+    ("kv_transfer_params", "bootstrap_host", "bootstrap_port", "bootstrap_room", "disagg_prefill_dp_rank")
+)
 """Never taken from a client: they could make an engine connect to any address."""
 _TRUE = b"true"
 _NULL = b"null"
@@ -45,6 +47,7 @@ class Ask(msgspec.Struct, frozen=True):
 
     Attributes:
         body: every field, raw.
+        data: the whole body as it came; empty when it cannot go to an engine as it is.
         is_stream: whether the client wants server-sent events.
         num_prompt_tokens: estimated.
         num_output_tokens: the most it may generate; 0 when the client set no limit.
@@ -60,6 +63,7 @@ class Ask(msgspec.Struct, frozen=True):
     num_output_tokens: int
     prefix_hashes: tuple[int, ...]
     colocated_reason: str
+    data: bytes = b""
 
 
 def read_ask(route: Route, data: bytes, *, min_split_tokens: int = 0) -> Ask | Problem:
@@ -72,7 +76,10 @@ def read_ask(route: Route, data: bytes, *, min_split_tokens: int = 0) -> Ask | P
     """
     try:
         data.decode()  # raw values are not checked by the JSON decoder
-        body = {name: value for name, value in _body_decoder.decode(data).items() if name not in _ENGINE_FIELDS}
+        body = _body_decoder.decode(data)
+        is_clean = _ENGINE_FIELDS.isdisjoint(body)
+        if not is_clean:
+            body = {name: value for name, value in body.items() if name not in _ENGINE_FIELDS}
         model = _read(body, "model", str) or ""
         is_stream = _read(body, "stream", bool) or False
         num_output = _read(body, "max_completion_tokens", int) or _read(body, "max_tokens", int) or 0
@@ -98,6 +105,7 @@ def read_ask(route: Route, data: bytes, *, min_split_tokens: int = 0) -> Ask | P
         num_output_tokens=max(0, num_output),
         prefix_hashes=prompt_chain(scope, prompt),
         colocated_reason=reason,
+        data=data if is_clean else b"",
     )
 
 
@@ -139,10 +147,10 @@ def decode_body(ask: Ask, params: DecodeParams | None) -> bytes:
 
     A client's own ``kv_transfer_params`` are dropped: they could make an engine connect to any address.
     """
+    if params is None and ask.data:
+        return ask.data
     body = dict(ask.body)
-    if params is None:
-        body.pop("kv_transfer_params", None)
-    else:
+    if params is not None:
         body["kv_transfer_params"] = msgspec.Raw(_encoder.encode(params))
     return _encoder.encode(body)
 

@@ -22,6 +22,7 @@ TENANT_HEADER = "x-mooncake-tenant"
 TTFT_HEADER = "x-mooncake-ttft-target-ms"
 PRIORITY_HEADER = "x-mooncake-priority"
 OUTPUT_HEADER = "x-mooncake-output-tokens"
+REUSE_HEADER = "x-mooncake-expected-reuses"
 NAME_MAX_CHARS = 128
 
 N = TypeVar("N", int, float)
@@ -81,11 +82,17 @@ def _read_hints(headers: Mapping[str, str]) -> Hints | Problem:
         ttft_ms = _number(headers, TTFT_HEADER, 0.0, lowest=1.0, highest=86_400_000.0)
         priority = _number(headers, PRIORITY_HEADER, 0, lowest=-PRIORITY_MAX, highest=PRIORITY_MAX)
         num_output = _number(headers, OUTPUT_HEADER, 0, lowest=1, highest=1 << 24)
+        num_reuses = _number(headers, REUSE_HEADER, 0, lowest=0, highest=1 << 24)
     except ValueError as error:
         return Problem(400, str(error))
-    if not (ttft_ms or priority or num_output):
+    if not (ttft_ms or priority or num_output or num_reuses):
         return NO_HINTS
-    return Hints(ttft_s=ttft_ms / 1e3 if ttft_ms else math.inf, priority=priority, num_output_tokens=num_output)
+    return Hints(
+        ttft_s=ttft_ms / 1e3 if ttft_ms else math.inf,
+        priority=priority,
+        num_output_tokens=num_output,
+        num_reuses=num_reuses,
+    )
 
 
 def _number(headers: Mapping[str, str], name: str, default: N, *, lowest: N, highest: N) -> N:

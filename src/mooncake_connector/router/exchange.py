@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -79,7 +79,7 @@ class Exchange:
         caller: who asks.
         promise: what the caller's class is promised; None when nothing is.
         request_id: goes to both engines and back to the client.
-        headers: what to send to the engines.
+        headers: lines to send to the engines, each with its end.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class Exchange:
         caller: Caller,
         promise: ServiceClass | None,
         request_id: str,
-        headers: Mapping[str, str],
+        headers: bytes,
     ) -> None:
         self._services = services
         self._placer = services.watch.placer
@@ -109,7 +109,7 @@ class Exchange:
         self._prefill: PrefillLeg | None = None
         self.outcome = "ok"
 
-    async def run(self, request: web.Request) -> web.StreamResponse:
+    async def run(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer the client. Bounded by the total timeout; every failure becomes an OpenAI-style error."""
         response: web.StreamResponse | None = None
         opened: StreamedAnswer | WholeAnswer | Problem | None = None
@@ -199,6 +199,10 @@ class Exchange:
         receipt.waited_s = self._placed_s - self._start_s
         receipt.predicted_ttft_s = receipt.waited_s + seat.ttft_s if seat.ttft_s else 0.0
         receipt.num_reused = seat.prefix_tokens if seat.start is not None else -1
+        if seat.start is not None and not seat.placed.prefill_url and not self._ask.is_stream:
+            # Nothing is heard of it before its last token: it counts as prefilled when that was expected.
+            finish, transfer_id = dispatcher.finish, seat.placed.transfer_id
+            self._loop.call_later(seat.start.ttft_s, finish, transfer_id, "prefill")
         return seat.placed
 
     def _submission(self, excluded: tuple[str, ...]) -> Submission:
@@ -407,7 +411,7 @@ class Exchange:
             self._services.watch.note_failure(failure.url, failure.message)
 
     async def _relay(
-        self, request: web.Request, response: web.StreamResponse, opened: StreamedAnswer
+        self, request: web.BaseRequest, response: web.StreamResponse, opened: StreamedAnswer
     ) -> web.StreamResponse:
         """Pass the stream on, chunk by chunk as it comes; a stream that breaks ends with an error event."""
         decode_url = self._placed.decode_url if self._placed else ""
@@ -454,7 +458,15 @@ class Exchange:
         return web.Response(status=problem.status, body=problem_json(problem), headers=headers)
 
     def _learn_whole(self, answer: WholeAnswer) -> None:
-        usage = read_usage(answer.body)
+        usage, seat = read_usage(answer.body), self._seat
+        if seat is not None and seat.start is not None and not seat.placed.prefill_url:
+            self._services.dispatcher.lessons.whole_ended(
+                seat.placed.decode_url,
+                sent_s=self._placed_s,
+                ended_s=self._loop.time(),
+                num_prompt=usage.prompt_tokens or self._ask.num_prompt_tokens,
+                num_prefix=seat.prefix_tokens,
+            )
         if self._placed is not None and answer.status < 400:
             self._services.watch.note_success(self._placed.decode_url)
         if usage.completion_tokens:

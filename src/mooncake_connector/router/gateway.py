@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-import uuid
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
 
 import msgspec
 from aiohttp import web
-from multidict import CIMultiDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from mooncake_connector.router.admission import ServiceClass
@@ -24,6 +24,7 @@ from mooncake_connector.router.config import RouterConfig
 from mooncake_connector.router.dispatcher import Dispatcher
 from mooncake_connector.router.engines import Engine, EngineState
 from mooncake_connector.router.exchange import RETRY_AFTER_S, Exchange, Services
+from mooncake_connector.router.ids import Ids
 from mooncake_connector.router.legs import JSON, Legs
 from mooncake_connector.router.prefix_index import PrefixIndex
 from mooncake_connector.router.recovery import Patience
@@ -35,15 +36,15 @@ log = logging.getLogger(__name__)
 # Hop-by-hop headers (RFC 9110, 7.6.1), and those that describe the body or the connection, which we write ourselves.
 _DROPPED_HEADERS = frozenset(
     (
-        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
-        "transfer-encoding", "upgrade", "host", "content-length", "content-type", "content-encoding",
-        "accept-encoding", "expect", "x-request-id",
+        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
+        b"trailer", b"transfer-encoding", b"upgrade", b"host", b"content-length", b"content-type", b"content-encoding",
+        b"accept-encoding", b"expect", b"x-request-id",
     )  # fmt: skip
 )
 UNAUTHORIZED = Problem(401, "no tenant has this key; send Authorization: Bearer KEY with one that the router knows")
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Handler = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 
 
 class _ModelList(msgspec.Struct):
@@ -83,6 +84,15 @@ class Gateway:
         self._index = index
         self._metrics = metrics
         self._legs = legs
+        self._ids = Ids()
+        self._routes: dict[str, tuple[str, Handler]] = {
+            CHAT: ("POST", partial(self._serve, route=CHAT)),
+            COMPLETIONS: ("POST", partial(self._serve, route=COMPLETIONS)),
+            "/v1/models": ("GET", self._models),
+            "/health": ("GET", self._health),
+            "/ready": ("GET", self._ready),
+            "/metrics": ("GET", self._show_metrics),
+        }
         self.reconfigure(config)
         self._num_open = 0
         self._idle = asyncio.Event()
@@ -99,7 +109,7 @@ class Gateway:
             metrics=self._metrics,
             patience=Patience(config.decode_recovery_s, config.refused_grace_s, config.decode_token_s),
             total_timeout_s=config.total_timeout_s,
-            new_transfer_id=lambda: uuid.uuid4().hex,
+            new_transfer_id=self._ids.new,
         )
 
     @property
@@ -107,16 +117,35 @@ class Gateway:
         """Return how many client requests are being served."""
         return self._num_open
 
-    def application(self) -> web.Application:
-        """Return the aiohttp application; run it with ``handler_cancellation=True``."""
-        app = web.Application(client_max_size=self._config.body_max_bytes, middlewares=[_errors_as_json])
-        app.router.add_post(CHAT, self._chat)
-        app.router.add_post(COMPLETIONS, self._completions)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/ready", self._ready)
-        app.router.add_get("/metrics", self._show_metrics)
-        return app
+    def server(self, **options: Any) -> web.Server:
+        """Return the aiohttp server, to be run with these options.
+
+        It is aiohttp's low-level one: its routes and middlewares cost as much as all that we do for a request.
+        """
+        loop, body_max_bytes = asyncio.get_running_loop(), self._config.body_max_bytes
+
+        def request(message: Any, payload: Any, protocol: Any, writer: Any, task: Any) -> web.BaseRequest:
+            return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=body_max_bytes)
+
+        return web.Server(self._answer, request_factory=request, handler_cancellation=True, **options)
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Find the handler; turn every error into OpenAI's shape. What nobody foresaw is logged, never shown."""
+        try:
+            path = request.path
+            method, handler = self._routes.get(path, ("", None))
+            if handler is None:
+                return _refusal(Problem(404, f"{request.method} {path}: there is nothing here"))
+            if request.method != method:
+                return _refusal(Problem(405, f"{request.method} {path}: use {method}"))
+            return await handler(request)
+        except web.HTTPException as error:
+            return _refusal(Problem(error.status, f"{request.method} {request.path}: {error.reason}"))
+        except (ConnectionResetError, asyncio.CancelledError):
+            raise
+        except Exception:  # the border of the process: one bad request must not look like a dead router
+            log.exception("request %s %s failed inside the router", request.method, request.path)
+            return _refusal(Problem(500, "the router failed on this request; its log says why"))
 
     async def drain(self, timeout_s: float) -> bool:
         """Refuse new requests and wait for the running ones; False when some still run after ``timeout_s``."""
@@ -128,14 +157,8 @@ class Gateway:
             return False
         return True
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
-        return await self._serve(request, CHAT)
-
-    async def _completions(self, request: web.Request) -> web.StreamResponse:
-        return await self._serve(request, COMPLETIONS)
-
-    async def _serve(self, request: web.Request, route: Route) -> web.StreamResponse:
-        request_id = _request_id(request)
+    async def _serve(self, request: web.BaseRequest, route: Route) -> web.StreamResponse:
+        request_id = self._request_id(request)
         if self._is_draining:
             return self._refuse(Problem(503, "the router is shutting down", retry_after_s=RETRY_AFTER_S), request_id)
         if self._num_open >= self._config.requests_max:
@@ -148,7 +171,8 @@ class Gateway:
         self._idle.clear()
         try:
             ask = await self._read_ask(request, route)
-            await self._watch.wait_settled(self._config.startup_wait_s)
+            if not self._watch.is_settled:
+                await self._watch.wait_settled(self._config.startup_wait_s)
             if isinstance(ask, Problem):
                 return self._refuse(ask, request_id, outcome="bad_request")
             caller = self._read_caller(request, ask, tenant)
@@ -171,12 +195,16 @@ class Gateway:
             if not self._num_open:
                 self._idle.set()
 
-    def _tenant(self, request: web.Request) -> str | None:
+    def _request_id(self, request: web.BaseRequest) -> str:
+        given = request.headers.get("X-Request-Id", "")
+        return given if given and _REQUEST_ID.fullmatch(given) else self._ids.new()
+
+    def _tenant(self, request: web.BaseRequest) -> str | None:
         """Return whose key a request has; empty when there are no keys, None when it has none of them."""
         tenants = self._config.tenants
         return find_tenant(tenants, request.headers.get("Authorization", "")) if tenants else ""
 
-    def _read_caller(self, request: web.Request, ask: Ask, tenant: str) -> Caller | Problem:
+    def _read_caller(self, request: web.BaseRequest, ask: Ask, tenant: str) -> Caller | Problem:
         config = self._config
         own_class = config.tenants[tenant].service_class if tenant else ""
         return read_caller(request.headers, ask.body, classes=config.classes, tenant=tenant, tenant_class=own_class)
@@ -186,24 +214,28 @@ class Gateway:
             return None
         return self._dispatcher.scheduler.queue.service_class(caller.service_class)
 
-    def _engine_headers(self, request: web.Request, request_id: str) -> CIMultiDict[str]:
-        headers: CIMultiDict[str] = CIMultiDict()
-        for name, value in request.headers.items():
-            if name.lower() not in _DROPPED_HEADERS:
-                headers.add(name, value)
-        headers["X-Request-Id"] = request_id
-        if self._config.tenants:
-            # The key is the router's business; engines know only ours.
-            headers.popall("Authorization", None)
-            if self._config.engine_api_key:
-                headers["Authorization"] = f"Bearer {self._config.engine_api_key}"
-        return headers
+    def _engine_headers(self, request: web.BaseRequest, request_id: str) -> bytes:
+        """Return the lines that both engines get."""
+        has_tenants = bool(self._config.tenants)
+        lines = [
+            b"%s: %s\r\n" % (name, value)
+            for name, value in request.raw_headers
+            # A tenant's key is the router's business; engines know only ours.
+            if (lower := name.lower()) not in _DROPPED_HEADERS and not (has_tenants and lower == b"authorization")
+        ]
+        lines.append(b"X-Request-Id: %s\r\n" % request_id.encode())
+        if has_tenants and self._config.engine_api_key:
+            lines.append(f"Authorization: Bearer {self._config.engine_api_key}\r\n".encode())
+        return b"".join(lines)
 
-    async def _read_ask(self, request: web.Request, route: Route) -> Ask | Problem:
+    async def _read_ask(self, request: web.BaseRequest, route: Route) -> Ask | Problem:
         limit_bytes = self._config.body_max_bytes
         try:
-            async with asyncio.timeout(self._config.body_timeout_s):
+            if request.content.is_eof():  # all of it came with the head
                 data = await request.read()
+            else:
+                async with asyncio.timeout(self._config.body_timeout_s):
+                    data = await request.read()
         except web.HTTPRequestEntityTooLarge:
             return Problem(413, f"the body has more than {limit_bytes} bytes, the router's body_max_bytes")
         except TimeoutError:
@@ -212,33 +244,29 @@ class Gateway:
 
     def _refuse(self, problem: Problem, request_id: str, *, outcome: str = "refused") -> web.Response:
         self._metrics.add("mooncake_router_requests_total", outcome=outcome)
-        headers = {"x-request-id": request_id}
-        if problem.retry_after_s:
-            headers["Retry-After"] = str(problem.retry_after_s)
-        response = web.Response(
-            status=problem.status, body=problem_json(problem), content_type=JSON, headers=headers
-        )
+        response = _refusal(problem)
+        response.headers["x-request-id"] = request_id
         if self._is_draining or problem.status in (408, 413):
             response.force_close()
         return response
 
-    async def _models(self, request: web.Request) -> web.Response:
+    async def _models(self, request: web.BaseRequest) -> web.Response:
         if self._tenant(request) is None:
-            return self._refuse(UNAUTHORIZED, _request_id(request), outcome="unauthorized")
+            return self._refuse(UNAUTHORIZED, self._request_id(request), outcome="unauthorized")
         cards = [msgspec.Raw(card) for card in self._watch.model_cards().values()]
         return web.Response(body=msgspec.json.encode(_ModelList(cards)), content_type=JSON)
 
-    async def _health(self, _request: web.Request) -> web.Response:
+    async def _health(self, _request: web.BaseRequest) -> web.Response:
         return web.Response()
 
-    async def _ready(self, _request: web.Request) -> web.Response:
+    async def _ready(self, _request: web.BaseRequest) -> web.Response:
         engines = {each.url: _state_of(each) for each in self._watch.placer.table}
         is_ready = not self._is_draining and any(each.is_usable for each in self._watch.placer.table)
         status = "ready" if is_ready else "draining" if self._is_draining else "no engine is up"
         body = msgspec.json.encode(_Readiness(status, engines))
         return web.Response(status=200 if is_ready else 503, body=body, content_type=JSON)
 
-    async def _show_metrics(self, _request: web.Request) -> web.Response:
+    async def _show_metrics(self, _request: web.BaseRequest) -> web.Response:
         self._note_engines()
         self._note_predictions()
         self._metrics.set("mooncake_router_open_requests", self._num_open)
@@ -271,27 +299,9 @@ class Gateway:
         self._metrics.set("mooncake_router_drain_seconds", dispatcher.drain_s())
 
 
-@web.middleware
-async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Turn every error into OpenAI's shape; what nobody foresaw is logged with its traceback, never shown."""
-    try:
-        return await handler(request)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        problem = Problem(error.status, f"{request.method} {request.path}: {error.reason}")
-        return web.Response(status=error.status, body=problem_json(problem), content_type=JSON)
-    except (ConnectionResetError, asyncio.CancelledError):
-        raise
-    except Exception:  # the border of the process: one bad request must not look like a dead router
-        log.exception("request %s %s failed inside the router", request.method, request.path)
-        problem = Problem(500, "the router failed on this request; its log says why")
-        return web.Response(status=500, body=problem_json(problem), content_type=JSON)
-
-
-def _request_id(request: web.Request) -> str:
-    given = request.headers.get("X-Request-Id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+def _refusal(problem: Problem) -> web.Response:
+    headers = {"Retry-After": str(problem.retry_after_s)} if problem.retry_after_s else None
+    return web.Response(status=problem.status, body=problem_json(problem), content_type=JSON, headers=headers)
 
 
 def _state_of(engine: Engine) -> str:

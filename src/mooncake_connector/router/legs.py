@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import aiohttp
@@ -17,14 +16,12 @@ from mooncake_connector.router.answers import is_json
 from mooncake_connector.router.config import RouterConfig
 from mooncake_connector.router.dialects.base import Dialect
 from mooncake_connector.router.dialects.vllm import read_introduction
+from mooncake_connector.router.engine_http import Answer, EngineBroke, EngineHttp, EngineUnreachable
 from mooncake_connector.router.engines import Introduction
 from mooncake_connector.router.usage import UNKNOWN, Usage, read_usage
 
 log = logging.getLogger(__name__)
 
-# uvicorn closes an idle connection after 5 s; letting go earlier avoids sending into a connection that just closed.
-KEEPALIVE_S = 4.0
-READ_BUFFER_BYTES = 64 << 10
 TAIL_BYTES = 64
 JSON = "application/json"
 EVENT_STREAM = "text/event-stream"
@@ -62,25 +59,25 @@ class StreamedAnswer:
     ``tail`` keeps the last bytes read, to tell a finished stream from a cut one.
     """
 
-    def __init__(self, response: aiohttp.ClientResponse, first: bytes) -> None:
-        self.content_type = response.headers.get("Content-Type", EVENT_STREAM)
+    def __init__(self, answer: Answer, first: bytes) -> None:
+        self.content_type = answer.headers.get("content-type", EVENT_STREAM)
         self.first = first
         self.tail = first[-TAIL_BYTES:]
-        self._response = response
+        self._answer = answer
 
     async def read(self) -> bytes:
         """Return what has arrived, waiting for at least one byte; empty at the end.
 
         Raises:
-            aiohttp.ClientError: the connection broke.
+            EngineBroke: the connection broke.
         """
-        data = await self._response.content.readany()
+        data = await self._answer.read_some()
         self.tail = (self.tail + data[-TAIL_BYTES:])[-TAIL_BYTES:]
         return data
 
     def close(self) -> None:
         """Let go of the connection; unless all was read, this ends the request on the engine."""
-        self._response.close()
+        self._answer.close()
 
 
 class PrefillDone(NamedTuple):
@@ -98,7 +95,7 @@ class PrefillLeg:
     ``task`` ends with PrefillDone or LegFailure; cancel it to end the request on the engine.
     """
 
-    def __init__(self, legs: Legs, url: str, route: str, body: bytes, headers: Mapping[str, str]) -> None:
+    def __init__(self, legs: Legs, url: str, route: str, body: bytes, headers: bytes) -> None:
         self.url = url
         self.is_sent = False
         self._moved = asyncio.Event()
@@ -127,14 +124,14 @@ class Legs:
 
     def __init__(self, config: RouterConfig) -> None:
         self._config = config
-        self._connector = aiohttp.TCPConnector(
-            limit=config.connections_max, limit_per_host=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60
+        connect_s = config.connect_timeout_s
+        self._http = EngineHttp(connect_timeout_s=connect_s, connections_max=config.connections_max)
+        self.session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"Content-Type": JSON},
         )
-        tracing = aiohttp.TraceConfig()
-        tracing.on_request_headers_sent.append(_mark_sent)
-        self._decode_session = self._session([])
-        # Tracing tells when a request has left; it costs some microseconds, so only the prefill leg has it.
-        self._prefill_session = self._session([tracing])
+        """For questions that are not a client's."""
 
     def reconfigure(self, config: RouterConfig) -> None:
         """Use other timeouts for what is sent from now on; that of connecting stays."""
@@ -142,115 +139,89 @@ class Legs:
 
     async def close(self) -> None:
         """Close every connection."""
-        await self._decode_session.close()
-        await self._prefill_session.close()
-        await self._connector.close()
+        self._http.close()
+        await self.session.close()
 
-    @property
-    def session(self) -> aiohttp.ClientSession:
-        """Return the session for anything that is not a prefill leg."""
-        return self._decode_session
+    def abort_silent(self, url: str, *, silent_s: float) -> int:
+        """End every leg at an engine that has said nothing for so long, as lost; return how many those were."""
+        return self._http.abort(url, silent_s=silent_s)
 
-    def start_prefill(self, url: str, route: str, body: bytes, headers: Mapping[str, str]) -> PrefillLeg:
+    def start_prefill(self, url: str, route: str, body: bytes, headers: bytes) -> PrefillLeg:
         """Send a prefill request; returns at once."""
         return PrefillLeg(self, url, route, body, headers)
 
     async def run_prefill(
-        self, leg: PrefillLeg, route: str, body: bytes, headers: Mapping[str, str]
+        self, leg: PrefillLeg, route: str, body: bytes, headers: bytes
     ) -> PrefillDone | LegFailure:
         """Send one prefill request and read its answer. Called by :class:`PrefillLeg`."""
         loop = asyncio.get_running_loop()
         start_s = loop.time()
         try:
-            async with (
-                asyncio.timeout(self._config.total_timeout_s),
-                self._prefill_session.post(
-                    leg.url + route, data=body, headers=headers, trace_request_ctx=leg
-                ) as response,
-            ):
-                data = await response.read()
-                if response.status != 200:
-                    complaint = _complaint(response, data)
-                    return LegFailure("refused", leg.url, _summary(response.status, data), response.status, complaint)
-                return PrefillDone(leg.url, loop.time() - start_s, read_introduction(data, ()), read_usage(data))
+            async with asyncio.timeout(self._config.total_timeout_s):
+                answer = await self._http.post(leg.url, route, body, headers, on_sent=leg.mark_sent)
+                try:
+                    data = await answer.read()
+                finally:
+                    answer.close()
         except TimeoutError:
             kind: FailureKind = "timeout" if leg.is_sent else "unsent"
             return LegFailure(kind, leg.url, "timed out")
-        except (aiohttp.ClientError, OSError) as error:
+        except (EngineUnreachable, EngineBroke, OSError) as error:
             return LegFailure("lost" if leg.is_sent else "unsent", leg.url, _describe(error))
+        if answer.status != 200:
+            message = _summary(answer.status, data)
+            return LegFailure("refused", leg.url, message, answer.status, _complaint(answer, data))
+        return PrefillDone(leg.url, loop.time() - start_s, read_introduction(data, ()), read_usage(data))
 
     async def open_decode(
-        self, url: str, route: str, body: bytes, headers: Mapping[str, str], *, dialect: Dialect, is_stream: bool
+        self, url: str, route: str, body: bytes, headers: bytes, *, dialect: Dialect, is_stream: bool
     ) -> StreamedAnswer | WholeAnswer | LegFailure:
         """Send a decode request; return when the first byte of a stream, or the whole of another answer, is here."""
-        limit_s = self._config.first_byte_timeout_s if is_stream else self._config.total_timeout_s
-        response: aiohttp.ClientResponse | None = None
+        # What is not streamed has no time limit of its own beside the request's.
+        limit_s = self._config.first_byte_timeout_s if is_stream else None
+        answer: Answer | None = None
         is_kept = False
         try:
             async with asyncio.timeout(limit_s):
-                response = await self._decode_session.post(url + route, data=body, headers=headers)
-                answer = await _first_of(response, url, dialect, is_stream=is_stream)
-            is_kept = isinstance(answer, StreamedAnswer)
-            return answer
-        except TimeoutError as error:
-            if isinstance(error, aiohttp.ServerTimeoutError):
-                return LegFailure("unsent", url, _describe(error))
-            return LegFailure("timeout", url, f"no answer within {limit_s:g} s")
-        except aiohttp.ClientConnectorError as error:
+                answer = await self._http.post(url, route, body, headers)
+                opened = await _first_of(answer, url, dialect, is_stream=is_stream)
+            is_kept = isinstance(opened, StreamedAnswer)
+            return opened
+        except TimeoutError:
+            return LegFailure("timeout", url, f"no answer within {limit_s or 0:g} s")
+        except EngineUnreachable as error:
             return LegFailure("unsent", url, _describe(error))
-        except (aiohttp.ClientError, OSError) as error:
+        except (EngineBroke, OSError) as error:
             return LegFailure("lost", url, _describe(error))
         finally:
-            if response is not None and not is_kept:
-                response.close()
-
-    def _session(self, trace_configs: list[aiohttp.TraceConfig]) -> aiohttp.ClientSession:
-        connect_s = self._config.connect_timeout_s
-        return aiohttp.ClientSession(
-            connector=self._connector,
-            connector_owner=False,
-            timeout=aiohttp.ClientTimeout(total=None, connect=connect_s, sock_connect=connect_s),
-            trace_configs=trace_configs,
-            read_bufsize=READ_BUFFER_BYTES,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            auto_decompress=True,
-            headers={"Accept-Encoding": "identity", "Content-Type": JSON},
-        )
+            if answer is not None and not is_kept:
+                answer.close()
 
 
 async def _first_of(
-    response: aiohttp.ClientResponse, url: str, dialect: Dialect, *, is_stream: bool
+    answer: Answer, url: str, dialect: Dialect, *, is_stream: bool
 ) -> StreamedAnswer | WholeAnswer | LegFailure:
-    if is_stream and response.status == 200:
-        first = await response.content.readany()
+    if is_stream and answer.status == 200:
+        first = await answer.read_some()
         if not first:
             return LegFailure("lost", url, "the stream ended before its first byte")
         failure = dialect.stream_failure(first)
         if failure is not None and failure.status >= 500:
             return LegFailure("refused", url, f"HTTP {failure.status}: {failure.message[:500]}", failure.status)
-        return StreamedAnswer(response, first)
-    body = await response.read()
-    if response.status >= 500:
-        return LegFailure("refused", url, _summary(response.status, body), response.status)
-    content_type = response.headers.get("Content-Type", JSON)
-    if response.status >= 400 and not is_json(body):
-        return LegFailure("refused", url, _summary(response.status, body), response.status)
-    return WholeAnswer(response.status, content_type, body)
+        return StreamedAnswer(answer, first)
+    body = await answer.read()
+    if answer.status >= 500:
+        return LegFailure("refused", url, _summary(answer.status, body), answer.status)
+    if answer.status >= 400 and not is_json(body):
+        return LegFailure("refused", url, _summary(answer.status, body), answer.status)
+    return WholeAnswer(answer.status, answer.headers.get("content-type", JSON), body)
 
 
-async def _mark_sent(
-    _session: aiohttp.ClientSession, context: object, _params: aiohttp.TraceRequestHeadersSentParams
-) -> None:
-    leg = getattr(context, "trace_request_ctx", None)
-    if isinstance(leg, PrefillLeg):
-        leg.mark_sent()
-
-
-def _complaint(response: aiohttp.ClientResponse, body: bytes) -> WholeAnswer | None:
+def _complaint(answer: Answer, body: bytes) -> WholeAnswer | None:
     """Return an engine's answer to a bad request; None for errors that another engine might not make."""
-    if response.status not in BAD_REQUEST_STATUSES or not is_json(body):
+    if answer.status not in BAD_REQUEST_STATUSES or not is_json(body):
         return None
-    return WholeAnswer(response.status, response.headers.get("Content-Type", JSON), body)
+    return WholeAnswer(answer.status, answer.headers.get("content-type", JSON), body)
 
 
 def _describe(error: BaseException) -> str:

@@ -66,6 +66,13 @@ class Lessons:
         num_tokens = num_prompt or self.prompt_tokens(num_estimated)
         self._predictor.observe_prefill(url, num_tokens, num_prefix, ended_s - begun_s)
 
+    def whole_ended(self, url: str, *, sent_s: float, ended_s: float, num_prompt: int, num_prefix: int) -> None:
+        """Learn from an answer that came all at once: its prefill took no longer than since the one before it."""
+        begun_s = max(sent_s, self._ended_s.get(url, 0.0))
+        self._ended_s[url] = ended_s
+        if ended_s - begun_s < self._predictor.prefill_s(num_prompt, num_prefix, url):
+            self._predictor.observe_prefill(url, num_prompt, num_prefix, ended_s - begun_s)
+
     def first_byte(self, predicted_s: float, actual_s: float) -> None:
         """Compare a promise with what came: seconds from placement to first byte."""
         if predicted_s <= 0:

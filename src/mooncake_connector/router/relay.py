@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from typing import NamedTuple
 
-import aiohttp
 from aiohttp import web
 
 from mooncake_connector.router.answers import is_finished_stream
+from mooncake_connector.router.engine_http import EngineBroke
 from mooncake_connector.router.legs import StreamedAnswer
 
 LAST_WORDS_S = 1.0
@@ -53,7 +53,7 @@ async def pass_on(response: web.StreamResponse, opened: StreamedAnswer) -> Passe
         blocked_s += loop.time() - before_s
         try:
             data = await opened.read()
-        except (aiohttp.ClientError, ConnectionResetError) as error:
+        except EngineBroke as error:
             problem = str(error) or type(error).__name__
             break
         if not data:
@@ -64,7 +64,7 @@ async def pass_on(response: web.StreamResponse, opened: StreamedAnswer) -> Passe
     return Passed(problem, num_events, loop.time() - begun_s, blocked_s)
 
 
-async def end_late(request: web.Request, response: web.StreamResponse, last_words: bytes) -> None:
+async def end_late(request: web.BaseRequest, response: web.StreamResponse, last_words: bytes) -> None:
     """End a stream that ran out of time; a client that does not read is cut off."""
     try:
         async with asyncio.timeout(LAST_WORDS_S):

@@ -106,9 +106,14 @@ class EngineWatch:
         self._breakers.pop(url, None)
         return self.placer.remove(url)
 
+    @property
+    def is_settled(self) -> bool:
+        """Tell whether every engine given at the start was asked once."""
+        return self._settled.is_set() or not self._first_rounds
+
     async def wait_settled(self, timeout_s: float) -> None:
         """Wait until every engine given at the start was asked once, so that the first clients are not refused."""
-        if self._settled.is_set() or not self._first_rounds:
+        if self.is_settled:
             return
         try:
             async with asyncio.timeout(timeout_s):

@@ -55,9 +55,11 @@ def test_what_the_body_says_otherwise_is_the_engines_business(body: str) -> None
 
 
 def test_hints() -> None:
-    caller = read({"x-mooncake-ttft-target-ms": "1500", "x-mooncake-priority": "-2", "x-mooncake-output-tokens": "64"})
+    caller = read({"x-mooncake-ttft-target-ms": "1500", "x-mooncake-priority": "-2", "x-mooncake-output-tokens": "64",
+                   "x-mooncake-expected-reuses": "3"})  # fmt: skip
     assert isinstance(caller, Caller)
-    assert (caller.hints.ttft_s, caller.hints.priority, caller.hints.num_output_tokens) == (1.5, -2, 64)
+    hints = caller.hints
+    assert (hints.ttft_s, hints.priority, hints.num_output_tokens, hints.num_reuses) == (1.5, -2, 64, 3)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,17 @@ def test_an_engine_that_computes_prompts_together_is_known_by_its_rate() -> None
     assert predictor.prefill_s(1000, 0, "http://e") < 0.4
 
 
+def test_an_answer_that_comes_whole_can_only_show_that_an_engine_is_faster() -> None:
+    predictor = Predictor()
+    lessons = Lessons(predictor)
+    before_s = predictor.prefill_s(1000, 0, "http://e")
+    lessons.whole_ended("http://e", sent_s=0.0, ended_s=60.0, num_prompt=1000, num_prefix=0)
+    assert predictor.prefill_s(1000, 0, "http://e") == before_s, "it was the answer that took so long"
+    for number in range(50):
+        lessons.whole_ended("http://e", sent_s=60.0, ended_s=60.0 + 0.01 * number, num_prompt=1000, num_prefix=0)
+    assert predictor.prefill_s(1000, 0, "http://e") < before_s / 3
+
+
 def test_the_length_of_prompts_is_learned_from_what_engines_count() -> None:
     lessons = Lessons(Predictor())
     assert lessons.prompt_tokens(1000) == 1000
