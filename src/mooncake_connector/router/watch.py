@@ -187,6 +187,8 @@ class EngineWatch:
                 num_failures += 1
                 is_lost = checked.is_gone or num_failures >= FAILURES_MAX
                 self._observe(url, EngineEvent.LOST if is_lost else EngineEvent.FAILED, checked.problem)
+                if is_lost:
+                    self._end_silent(url)
                 if engine.state is EngineState.UNKNOWN and loop.time() >= next_progress_s:
                     log.info("waiting for engine %s (%s): %s", url, engine.role, checked.problem)
                     next_progress_s = loop.time() + PROGRESS_EVERY_S
@@ -195,6 +197,12 @@ class EngineWatch:
                 await self._note_healthy(engine, checked)
             self._note_round(url)
             await self._rest(wake, is_away=engine.state in (EngineState.UNKNOWN, EngineState.DOWN))
+
+    def _end_silent(self, url: str) -> None:
+        """End what waits for an engine that is gone; its process may be stopped, and then no connection breaks."""
+        num_ended = self._legs.abort_silent(url, silent_s=self._config.health_timeout_s)
+        if num_ended:
+            log.warning("engine %s answers no checks and says nothing: %d requests there are ended", url, num_ended)
 
     def _note_round(self, url: str) -> None:
         self._first_rounds.discard(url)

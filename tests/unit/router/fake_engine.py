@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import json
+import sys
 from typing import Any, NamedTuple
 
 from aiohttp import web
@@ -33,6 +34,7 @@ class FakeEngine:
     Attributes:
         num_tokens: events of a streamed answer.
         first_byte_s, gap_s: delays before the first event and between events.
+        padding: what every event has besides its token.
         prefill_s: delay of an answer to a prefill leg.
         fail_status: answer completions with this status.
         die_after: close the connection after so many events (0 = before the first).
@@ -62,6 +64,8 @@ class FakeEngine:
         self.health_s = 0.0
         self.calls: list[Call] = []
         self.num_cancelled = 0
+        self.num_events = 0
+        self.padding = ""
         self.num_open = 0
         self.engine_id = ""
         self.url = ""
@@ -175,8 +179,9 @@ class FakeEngine:
             if self.die_after == number:
                 _abort(request)
                 return response
-            event = {"object": "text_completion", "choices": [{"index": 0, "text": f"t{number} "}]}
+            event = {"object": "text_completion", "choices": [{"index": 0, "text": f"t{number} {self.padding}"}]}
             await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+            self.num_events += 1
             await asyncio.sleep(self.gap_s)
         if not self.is_done_missing:
             await response.write(b"data: [DONE]\n\n")
@@ -196,3 +201,14 @@ def _error(status: int) -> web.Response:
 def _abort(request: web.Request) -> None:
     assert request.transport is not None
     request.transport.abort()
+
+
+async def serve_process() -> None:
+    """Be an engine in a process of its own, with the knobs that the first argument names as JSON; print the url."""
+    engine = await FakeEngine(**json.loads(sys.argv[1])).start()
+    print(engine.url, flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(serve_process())
