@@ -13,6 +13,7 @@ RULES = {
     "cma": "same machine, and the owner's memory is private: the reader copies it with process_vm_readv",
     "tcp": "another machine, or no permission to read the owner's memory",
     "local": "the reader's own segment",
+    "inline": "small blocks, which come with the owner's answer",
 }
 """What decides where no reader logged its reason."""
 
