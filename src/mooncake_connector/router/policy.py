@@ -390,7 +390,7 @@ class Joint:
         """Choose the least cost; among those that are open if the least is no more than ``patience_s`` cheaper.
 
         Of equal ones the one that was used least. Those that cannot be the least, even with the longest prefix there
-        is, are not looked at closely.
+        is and an idle network, are not looked at closely.
         """
         predictor, size, open_below_s = self._predictor, demand.num_prompt_tokens, demand.open_below_s
         factor = predictor.factors.get
@@ -398,16 +398,30 @@ class Joint:
         placed = sorted(candidates, key=_PLACED)
         holders = sorted([each for each in placed if each.prefix_tokens], key=_PREFIX, reverse=True)
         longest = holders[0].prefix_tokens if holders else 0
-        sources = self._sources(demand, holders[:SOURCES_MAX]) if demand.can_fetch else []
-        floor_s = predictor.prefill_s(size, longest) * pay
+        sources = [
+            Source(
+                each.url,
+                each.prefix_tokens,
+                predictor.links.egress_wait_s(each.url, now_s=demand.now_s),
+                predictor.prefill_s(size, each.prefix_tokens),
+            )
+            for each in holders[: SOURCES_MAX if demand.can_fetch else 0]
+        ]
+        floor_s, plain_s = predictor.prefill_s(size, longest) * pay, predictor.prefill_s(size, 0) * pay
+        fetch_s = min(
+            [each.free_s + each.prefix_tokens * predictor.token_transfer_s for each in sources], default=math.inf
+        )
         ready: tuple[float, Start] | None = None
         later: tuple[float, Start] | None = None
         for engine in (*holders, *placed):
             queue_s = engine.queue_s
             is_open = queue_s < open_below_s
             best = ready if is_open else later
-            if best is not None and queue_s + floor_s * factor(engine.url, 1.0) >= best[0]:
-                continue
+            if best is not None:
+                ratio = factor(engine.url, 1.0)
+                begin_s = queue_s if engine.prefix_tokens else max(queue_s, fetch_s)
+                if begin_s + floor_s * ratio >= best[0] and queue_s + plain_s * ratio >= best[0]:
+                    continue
             start = self._start_on(demand, engine, sources, pay)
             cost_s = start.ready_s + start.prefill_s * pay
             if best is None or cost_s < best[0]:
@@ -416,18 +430,6 @@ class Joint:
             return ready[1]
         assert later is not None
         return later[1]
-
-    def _sources(self, demand: Demand, holders: Sequence[Candidate]) -> list[Source]:
-        predictor = self._predictor
-        return [
-            Source(
-                each.url,
-                each.prefix_tokens,
-                predictor.links.egress_wait_s(each.url, now_s=demand.now_s),
-                predictor.prefill_s(demand.num_prompt_tokens, each.prefix_tokens),
-            )
-            for each in holders
-        ]
 
     def _start_on(self, demand: Demand, engine: Candidate, sources: Sequence[Source], pay: float) -> Start:
         """Return the cheapest way to prefill on one engine: with its own prefix, or with a source's."""
