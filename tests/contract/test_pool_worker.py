@@ -154,8 +154,10 @@ def test_a_pool_smaller_than_what_is_saved_keeps_serving_right_bytes(pair):
 
 
 def test_closing_while_work_is_under_way_is_bounded_and_leaves_no_thread(pair):
+    others = set(threading.enumerate())
     source, target = pair()
-    before = {thread.name for thread in threading.enumerate()}
+    ours = set(threading.enumerate()) - others
+    assert ours
     source.step(save([f"{i}" for i in range(BLOCKS)], range(BLOCKS)))
     target.step(load([f"{i}" for i in range(BLOCKS)], range(BLOCKS)))
     started = time.monotonic()
@@ -165,7 +167,7 @@ def test_closing_while_work_is_under_way_is_bounded_and_leaves_no_thread(pair):
     assert time.monotonic() - started < 10
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
-        left = [t.name for t in threading.enumerate() if t.name.startswith("mooncake") and t.name in before]
+        left = [thread.name for thread in ours if thread.is_alive()]
         if not left:
             break
         time.sleep(0.05)

@@ -37,8 +37,8 @@ def test_golden_paths():
 
 def test_golden_member():
     expected = (
-        b"\x01\x97\xa6node-1\xa6engine\xb5tcp://127.0.0.1:40123\x92\xa4boot\xce\xef\xff\xff\xfc\x2a"
-        b"\xce\x40\x00\x00\x00\xa50.1.0"
+        b"\x01\x98\xa6node-1\xa6engine\xb5tcp://127.0.0.1:40123\x92\xa4boot\xce\xef\xff\xff\xfc\x2a"
+        b"\xce\x40\x00\x00\x00\xa50.1.0\xa0"
     )
     expected = expected.replace(b"\xef\xff\xff\xfc", (4026531836).to_bytes(4, "big"))
     assert encode_member(MEMBER) == expected
