@@ -43,7 +43,7 @@ async def test_the_shortest_that_waits_goes_first() -> None:
     async with running_cell(hold_above_s=0.02) as cell:
         await teach(cell, prefill_s=0.5, num_rounds=6)
         asked = []
-        for num_held, (name, length) in enumerate((("first", 1), ("long", 40), ("short", 1))):
+        for num_held, (name, length) in enumerate((("first", 1), ("long", 8), ("short", 1))):
             asked.append(asyncio.create_task(cell.ask(prompt=f"{name} {TEXT * length}")))
             await eventually(lambda n=num_held: held(cell) == n and cell.app.placer.num_open == 1, 2, "it to be held")
         await asyncio.gather(*asked)
