@@ -10,11 +10,14 @@ from contextlib import asynccontextmanager
 import zmq
 import zmq.asyncio
 
+from mooncake_connector.router.admission import ServiceClass
 from mooncake_connector.router.engines import EngineState
 from mooncake_connector.router.messages import (
     FRAME_MAX_BYTES,
     Accepted,
+    Admit,
     Answer,
+    Busy,
     Finished,
     LoadReport,
     Place,
@@ -26,7 +29,7 @@ from mooncake_connector.router.messages import (
     decode_answer,
     encode,
 )
-from unit.router.cell import Cell, running_cell
+from unit.router.cell import Cell, eventually, running_cell
 from unit.router.fake_engine import MODEL, FakeEngine
 
 
@@ -136,6 +139,41 @@ def send_garbage(address: str, num_frames: int) -> list[Answer]:
             if number % 100 == 99:
                 answers += [decode_answer(client.recv_multipart()[-1]) for _ in range(100)]
     return answers
+
+
+async def test_a_question_that_waits_for_its_turn() -> None:
+    async with placing(hold_above_s=0.02) as (cell, client):
+        first = await client.ask(Admit(Place("same", 30_000)))
+        assert isinstance(first, Placed) and first.request_id == "same" and first.prefill_url
+        await client.socket.send(encode(Admit(Place("same", 30_000))))
+        await client.socket.send(encode(Admit(Place("short", 100))))
+        await eventually(lambda: cell.app.dispatcher.num_held == 2, 3, "both to wait")
+        other = await client.ask(Place("at once", 10))
+        assert isinstance(other, Placed), "others are answered meanwhile"
+        await client.ask(Finished(other.transfer_id))
+        await client.ask(Finished(first.transfer_id, leg="prefill"))
+        second = await client.receive()
+        assert isinstance(second, Placed) and second.request_id == "short", "the shorter one goes first"
+        await client.ask(Finished(second.transfer_id))
+        third = await client.receive()
+        assert isinstance(third, Placed) and third.request_id == "same" and third.transfer_id != first.transfer_id
+        for placed in (first, third):
+            await client.ask(Finished(placed.transfer_id))
+
+
+async def test_a_question_that_waits_too_long_or_cannot_be_served_in_time() -> None:
+    promise = {"fast": ServiceClass(ttft_s=0.5, tbt_s=60.0)}
+    async with placing(hold_above_s=0.02, classes=promise) as (cell, client):
+        first = await client.ask(Admit(Place("first", 100_000)))
+        assert isinstance(first, Placed)
+        late = await client.ask(Admit(Place("patient", 100_000), wait_ms=100))
+        assert isinstance(late, Busy) and late.subject == "patient" and "100 ms" in late.reason
+        never = await client.ask(Admit(Place("hasty", 100_000), "fast"))
+        assert isinstance(never, Busy) and never.retry_after_s >= 1
+        nowhere = await client.ask(Admit(Place("lost", 10, model="no such")))
+        assert isinstance(nowhere, Refused) and (nowhere.subject, nowhere.code) == ("lost", "no_model")
+        assert cell.app.dispatcher.num_held == 0
+        await client.ask(Finished(first.transfer_id))
 
 
 async def test_ten_thousand_garbage_frames() -> None:

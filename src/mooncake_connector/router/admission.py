@@ -103,6 +103,15 @@ Reason = Literal["infeasible", "displaced", "full", "rule", "late"]
 """Cannot be in time; costs more than can be afforded; no place to wait; the operator's rule; took longer than said."""
 
 
+REASONS: dict[Reason, str] = {
+    "infeasible": "the first token cannot come in the time that this request was promised",
+    "displaced": "there is more to do than can be done in time, and this request costs most of it",
+    "full": "too many requests wait",
+    "rule": "the operator's admission rule says no",
+    "late": "the first token did not come in time",
+}
+
+
 class Rejected(NamedTuple):
     """A request that is told no."""
 

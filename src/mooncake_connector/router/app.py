@@ -9,7 +9,6 @@ import logging
 import resource
 import secrets
 import signal
-import uuid
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mooncake_connector.router.discovery import Discovery, open_cell
 from mooncake_connector.router.dispatcher import Dispatcher
 from mooncake_connector.router.engines import EngineTable
 from mooncake_connector.router.gateway import Gateway
+from mooncake_connector.router.ids import Ids
 from mooncake_connector.router.index.holdings import Holdings
 from mooncake_connector.router.index.subscriber import EventSubscriber
 from mooncake_connector.router.index.told import Told
@@ -175,7 +175,7 @@ class RouterApp:
             directory = await open_cell(config, Metrics())
             self.discovery = Discovery(self.watch, directory, kept=config.engines())
         if config.placement:
-            desk = PlacementDesk(self.watch, new_transfer_id=lambda: uuid.uuid4().hex)
+            desk = PlacementDesk(self.watch, self.dispatcher, new_transfer_id=Ids().new)
             self.service = PlacementService(config.placement, desk=desk, placer=self.placer, metrics=self.metrics)
             self._run(self.service.run(), "placement service")
         server = self.gateway.server(

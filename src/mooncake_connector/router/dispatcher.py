@@ -94,10 +94,11 @@ class Dispatcher:
         placed = self.placer.commit(place, place.request_id, choice, now_ns=now_ns)
         return placed if isinstance(placed, Refused) else Seat(placed, choice.start, self.lessons.ttft_s(choice.start))
 
-    def finish(self, transfer_id: str, leg: Leg = "both") -> None:
-        """Stop counting a leg's work, or both legs'; whoever waits may be next. Idempotent."""
-        self.placer.finish(transfer_id, leg, now_ns=int(self._loop.time() * 1e9))
+    def finish(self, transfer_id: str, leg: Leg = "both") -> bool:
+        """Stop counting a leg's work, or both legs'; whoever waits may be next. False when it is not open."""
+        is_open = self.placer.finish(transfer_id, leg, now_ns=int(self._loop.time() * 1e9))
         self.poke()
+        return is_open
 
     def poke(self) -> None:
         """Ask the scheduler soon, because something changed."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from mooncake_connector.router.admission import Reason, Rejected, ServiceClass
+from mooncake_connector.router.admission import REASONS, Rejected, ServiceClass
 from mooncake_connector.router.answers import Problem, problem_event, problem_json
 from mooncake_connector.router.bodies import Ask, cache_salt_of, hide_params, token_ids_of
 from mooncake_connector.router.callers import Caller
@@ -46,14 +46,6 @@ CLIENT_SLOW_SHARE = 0.05
 """A stream whose client took more than this part of its time to read tells nothing of the engine's pace."""
 LEGS_APART_S = 0.5
 """When one leg of a pair failed, how long the other may take to say why, or to answer all the same."""
-
-REASONS: dict[Reason, str] = {
-    "infeasible": "the first token cannot come in the time that this request was promised",
-    "displaced": "there is more to do than can be done in time, and this request costs most of it",
-    "full": "too many requests wait",
-    "rule": "the operator's admission rule says no",
-    "late": "the first token did not come in time",
-}
 
 Opened = StreamedAnswer | WholeAnswer | LegFailure
 

@@ -28,6 +28,7 @@ TOKEN_BYTES = 4
 Url = Annotated[str, msgspec.Meta(min_length=1, max_length=URL_MAX_CHARS, pattern="^https?://[^\\s/]+$")]
 Text = Annotated[str, msgspec.Meta(max_length=TEXT_MAX_CHARS)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=TEXT_MAX_CHARS)]
+Milliseconds = Annotated[int, msgspec.Meta(ge=0, le=86_400_000)]
 TokenIds = Annotated[bytes, msgspec.Meta(max_length=FRAME_MAX_BYTES)]
 Addresses = Annotated[tuple[Name, ...], msgspec.Meta(max_length=ADDRESSES_MAX)]
 Tokens = Annotated[int, msgspec.Meta(ge=0, le=TOKENS_MAX)]
@@ -119,6 +120,28 @@ class Place(msgspec.Struct, frozen=True, array_like=True, tag="place"):
     cache_salt: Text = ""
 
 
+class Admit(msgspec.Struct, frozen=True, array_like=True, tag="admit"):
+    """A request that may wait for its turn, and be told no because of what it or others were promised.
+
+    Attributes:
+        place: the request.
+        service_class: its class; empty or unknown means the default one.
+        tenant: whose it is, for fairness.
+        ttft_ms: a tighter deadline than its class's; 0 for none.
+        priority: each step doubles or halves its weight.
+        num_reuses: requests to come that begin with this prompt.
+        wait_ms: the answer comes no later than after this.
+    """
+
+    place: Place
+    service_class: Text = ""
+    tenant: Text = ""
+    ttft_ms: Milliseconds = 0
+    priority: Annotated[int, msgspec.Meta(ge=-8, le=8)] = 0
+    num_reuses: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)] = 0
+    wait_ms: Annotated[int, msgspec.Meta(ge=1, le=86_400_000)] = 30_000
+
+
 class Finished(msgspec.Struct, frozen=True, array_like=True, tag="finished"):
     """One leg or both legs of a placed request are over; their work no longer counts."""
 
@@ -152,14 +175,22 @@ class Refused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     reason: str
 
 
+class Busy(msgspec.Struct, frozen=True, array_like=True, tag="busy"):
+    """Not now: come back after so many seconds. ``subject`` is the request id it answers."""
+
+    subject: str
+    reason: str
+    retry_after_s: int
+
+
 class Accepted(msgspec.Struct, frozen=True, array_like=True, tag="accepted"):
     """Yes, for everything but Place. ``subject`` is the url or transfer id it answers."""
 
     subject: str
 
 
-Question = Register | Unregister | LoadReport | Place | Finished
-Answer = Placed | Refused | Accepted
+Question = Register | Unregister | LoadReport | Place | Admit | Finished
+Answer = Placed | Refused | Busy | Accepted
 
 _encoder = msgspec.msgpack.Encoder()
 _questions: msgspec.msgpack.Decoder[Question] = msgspec.msgpack.Decoder(Question)

@@ -12,8 +12,8 @@ import logging
 import zmq
 import zmq.asyncio
 
-from mooncake_connector.router.desk import PlacementDesk
-from mooncake_connector.router.messages import FRAME_MAX_BYTES, Answer, Refused, decode_question, encode
+from mooncake_connector.router.desk import RETRY_AFTER_S, PlacementDesk
+from mooncake_connector.router.messages import FRAME_MAX_BYTES, Admit, Answer, Busy, Refused, decode_question, encode
 from mooncake_connector.router.placer import Placer
 from mooncake_store.errors import ConfigError, RemoteProtocolError
 from mooncake_store.metrics import Metrics
@@ -49,6 +49,7 @@ class PlacementService:
         self._socket.setsockopt(zmq.RCVHWM, QUEUE_MAX)
         self._socket.setsockopt(zmq.SNDHWM, QUEUE_MAX)
         self._num_garbage = 0
+        self._waiting: set[asyncio.Task[None]] = set()
         try:
             self._socket.bind(address)
         except (zmq.ZMQError, ValueError) as error:
@@ -68,7 +69,9 @@ class PlacementService:
             group.create_task(self._expire_all())
 
     def close(self) -> None:
-        """Close the socket. Idempotent."""
+        """Close the socket; who still waits is not answered. Idempotent."""
+        for task in self._waiting:
+            task.cancel()
         self._socket.close()
         self._context.term()
 
@@ -78,13 +81,37 @@ class PlacementService:
             parts: list[bytes] = await self._socket.recv_multipart()
             sender, envelope, frame = parts[0], parts[1:-1], parts[-1]
             answer = self._answer(envelope, frame, now_ns=int(loop.time() * 1e9))
-            try:
-                # Never waits: a client that does not read loses answers, not the router.
-                await self._socket.send_multipart([sender, *envelope[:1], encode(answer)], flags=zmq.DONTWAIT)
-            except zmq.ZMQError as error:
-                log.debug("a placement answer was dropped: %s", error)
+            if isinstance(answer, Admit):
+                self._admit_later(answer, [sender, *envelope[:1]])
+            else:
+                await self._send([sender, *envelope[:1]], answer)
 
-    def _answer(self, envelope: list[bytes], frame: bytes, *, now_ns: int) -> Answer:
+    async def _send(self, envelope: list[bytes], answer: Answer) -> None:
+        try:
+            # Never waits: a client that does not read loses answers, not the router.
+            await self._socket.send_multipart([*envelope, encode(answer)], flags=zmq.DONTWAIT)
+        except zmq.ZMQError as error:
+            log.debug("a placement answer was dropped: %s", error)
+
+    def _admit_later(self, question: Admit, envelope: list[bytes]) -> None:
+        task = asyncio.create_task(self._admit(question, envelope), name="admit")
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+    async def _admit(self, question: Admit, envelope: list[bytes]) -> None:
+        request_id = question.place.request_id
+        try:
+            if len(self._waiting) > QUEUE_MAX:
+                answer: Answer = Busy(request_id, f"{QUEUE_MAX} requests wait already", RETRY_AFTER_S)
+            else:
+                answer = await self._desk.admit(question)
+        except Exception:  # the border of a client's question: one must not end the service for all
+            log.exception("placement: a question failed inside the router")
+            self._metrics.add("mooncake_router_garbage_total", reason="failed")
+            answer = Refused(request_id, "malformed", "the router failed on this question; its log says why")
+        await self._send(envelope, answer)
+
+    def _answer(self, envelope: list[bytes], frame: bytes, *, now_ns: int) -> Answer | Admit:
         try:
             if envelope not in ([], [b""]):
                 raise RemoteProtocolError(f"message has {len(envelope) + 1} parts, not one")
@@ -93,7 +120,7 @@ class PlacementService:
             self._note_garbage(error)
             return Refused("", "malformed", error.message[:500])
         self._metrics.add("mooncake_router_messages_total", kind=type(question).__name__.lower())
-        return self._desk.answer(question, now_ns=now_ns)
+        return question if isinstance(question, Admit) else self._desk.answer(question, now_ns=now_ns)
 
     def _note_garbage(self, error: RemoteProtocolError) -> None:
         self._metrics.add("mooncake_router_garbage_total", reason=error.message.split()[0])

@@ -5,6 +5,8 @@ import pytest
 from mooncake_connector.router.messages import (
     FRAME_MAX_BYTES,
     Accepted,
+    Admit,
+    Busy,
     DecodeParams,
     Finished,
     LoadReport,
@@ -37,6 +39,9 @@ GOLDEN = (
      "6f74655f6465636f6465c2ab7472616e736665725f6964a174b072656d6f74655f656e67696e655f6964a165b072656d6f74655f6164647265"
      "7373657391a97463703a2f2f613a31a0c0"),
     (Refused("r", "full", "why"), "0194a772656675736564a172a466756c6ca3776879"),
+    (Admit(Place("r", 100), "paid", "t", 1500, -2, 3, 9000),
+     "0198a561646d697499a5706c616365a1726400a09090c400a0a470616964a174cd05dcfe03cd2328"),
+    (Busy("r", "why", 7), "0194a462757379a172a377687907"),
     (Accepted("r"), "0192a86163636570746564a172"),
 )  # fmt: skip
 
@@ -45,7 +50,7 @@ GOLDEN = (
 def test_bytes_never_change(message: object, golden: str) -> None:
     frame = encode(message)  # type: ignore[arg-type]
     assert frame.hex() == golden
-    decode = decode_answer if isinstance(message, Placed | Refused | Accepted) else decode_question
+    decode = decode_answer if isinstance(message, Placed | Refused | Busy | Accepted) else decode_question
     assert decode(frame) == message
 
 
