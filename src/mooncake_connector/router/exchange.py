@@ -20,19 +20,17 @@ from typing import NamedTuple
 
 from aiohttp import web
 
+from mooncake_connector.router.account import Account
 from mooncake_connector.router.admission import REASONS, Rejected, ServiceClass
 from mooncake_connector.router.answers import Problem, problem_event, problem_json
-from mooncake_connector.router.bodies import Ask, cache_salt_of, hide_params, token_ids_of
+from mooncake_connector.router.bodies import Ask, hide_params
 from mooncake_connector.router.callers import Caller
 from mooncake_connector.router.dialects.select import dialect_of
 from mooncake_connector.router.dispatcher import Dispatcher, Seat
 from mooncake_connector.router.legs import JSON, LegFailure, Legs, PrefillDone, PrefillLeg, StreamedAnswer, WholeAnswer
-from mooncake_connector.router.messages import Place, Placed, Refused
-from mooncake_connector.router.receipt import Receipt
+from mooncake_connector.router.messages import Placed, Refused
 from mooncake_connector.router.recovery import Patience, recovery_wait_s
-from mooncake_connector.router.relay import Passed, end_late, pass_on
-from mooncake_connector.router.scheduler import Submission
-from mooncake_connector.router.usage import read_usage
+from mooncake_connector.router.relay import end_late, pass_on
 from mooncake_connector.router.watch import EngineWatch
 from mooncake_store.metrics import Metrics
 
@@ -42,8 +40,6 @@ DECODE_ATTEMPTS_MAX = 2
 CLIENT_GONE = Problem(500, "the client closed the connection")
 RETRY_AFTER_S = 1
 RETRY_LATE_S = 1
-CLIENT_SLOW_SHARE = 0.05
-"""A stream whose client took more than this part of its time to read tells nothing of the engine's pace."""
 LEGS_APART_S = 0.5
 """When one leg of a pair failed, how long the other may take to say why, or to answer all the same."""
 
@@ -88,15 +84,12 @@ class Exchange:
         self._placer = services.watch.placer
         self._metrics = services.metrics
         self._ask = ask
-        self._caller = caller
-        self._promised_s = min(promise.ttft_s, caller.hints.ttft_s) if promise is not None else None
-        self._receipt = Receipt(request_id, caller.service_class)
         self._request_id = request_id
         self._headers = headers
         self._loop = asyncio.get_running_loop()
-        self._start_s = self._loop.time()
-        self._placed_s = self._start_s
-        self._seat: Seat | None = None
+        self._account = Account(
+            services.dispatcher, services.metrics, ask, caller=caller, promise=promise, request_id=request_id
+        )
         self._placed: Placed | None = None
         self._prefill: PrefillLeg | None = None
         self.outcome = "ok"
@@ -112,8 +105,8 @@ class Exchange:
                     return self._answer_problem(opened)
                 if isinstance(opened, WholeAnswer):
                     return self._answer_whole(opened)
-                self._note_first_byte(is_stream=True)
-                response = web.StreamResponse(headers=self._answer_headers(opened.content_type))
+                self._account.first_byte(self._placed)
+                response = web.StreamResponse(headers=self._account.headers(opened.content_type, self._placed))
                 return await self._relay(request, response, opened)
         except TimeoutError:
             self.outcome = "timeout"
@@ -138,10 +131,11 @@ class Exchange:
 
     async def _open_in_time(self) -> StreamedAnswer | WholeAnswer | Problem:
         """Get the first byte of an answer, or give up when the promise of a first token cannot be kept any more."""
-        if self._promised_s is None or not self._ask.is_stream:
+        promised_s = self._account.promised_s
+        if promised_s is None or not self._ask.is_stream:
             return await self._open()
         try:
-            async with asyncio.timeout_at(self._start_s + self._promised_s) as deadline:
+            async with asyncio.timeout_at(self._account.start_s + promised_s) as deadline:
                 return await self._open()
         except TimeoutError:
             if not deadline.expired():
@@ -150,7 +144,7 @@ class Exchange:
             self._metrics.add("mooncake_router_rejected_total", reason="late")
             return Problem(
                 429,
-                f"the first token did not come within {self._promised_s:g} s, which this request was promised",
+                f"the first token did not come within {promised_s:g} s, which this request was promised",
                 retry_after_s=RETRY_LATE_S,
             )
 
@@ -182,34 +176,18 @@ class Exchange:
         return self._refusal_problem(placed)
 
     async def _place(self, excluded: tuple[str, ...]) -> Placed | Refused | Rejected:
-        dispatcher, submission = self._services.dispatcher, self._submission(excluded)
+        dispatcher = self._services.dispatcher
+        submission = self._account.submission(self._services.new_transfer_id(), excluded)
         seat = dispatcher.place_again(submission) if excluded else await dispatcher.place(submission)
         if not isinstance(seat, Seat):
             return seat
-        self._seat, self._placed, self._placed_s = seat, seat.placed, self._loop.time()
-        receipt = self._receipt
-        receipt.waited_s = self._placed_s - self._start_s
-        receipt.predicted_ttft_s = receipt.waited_s + seat.ttft_s if seat.ttft_s else 0.0
-        receipt.num_reused = seat.prefix_tokens if seat.start is not None else -1
+        self._placed = seat.placed
+        self._account.seated(seat)
         if seat.start is not None and not seat.placed.prefill_url and not self._ask.is_stream:
             # Nothing is heard of it before its last token: it counts as prefilled when that was expected.
             finish, transfer_id = dispatcher.finish, seat.placed.transfer_id
             self._loop.call_later(seat.start.ttft_s, finish, transfer_id, "prefill")
         return seat.placed
-
-    def _submission(self, excluded: tuple[str, ...]) -> Submission:
-        ask, caller, lessons = self._ask, self._caller, self._services.dispatcher.lessons
-        place = Place(
-            request_id=self._services.new_transfer_id(),
-            num_prompt_tokens=lessons.prompt_tokens(ask.num_prompt_tokens),
-            num_output_tokens=lessons.output_tokens(hinted=caller.hints.num_output_tokens, most=ask.num_output_tokens),
-            model=ask.model,
-            prefix_hashes=ask.prefix_hashes,
-            excluded=excluded,
-            token_ids=token_ids_of(ask) if self._services.dispatcher.placer.wants_tokens else b"",
-            cache_salt=cache_salt_of(ask),
-        )
-        return Submission(place, caller.service_class, caller.tenant, caller.hints, ask.colocated_reason)
 
     async def _attempt(self, placed: Placed) -> Opened:
         """Send the legs of one placement; a failure leaves nothing of it behind."""
@@ -332,7 +310,7 @@ class Exchange:
             self._metrics.observe("mooncake_router_prefill_seconds", outcome.duration_s)
             self._services.watch.note_success(leg.url)
             self._services.watch.note_prefill_answer(outcome)
-            self._learn_prefill(outcome)
+            self._account.prefill_ended(outcome)
         elif isinstance(outcome, LegFailure):
             self._metrics.add("mooncake_router_legs_total", leg="prefill", result=outcome.kind)
             if outcome.kind != "refused" or outcome.status >= 500:
@@ -342,48 +320,6 @@ class Exchange:
         else:
             self._metrics.add("mooncake_router_legs_total", leg="prefill", result="cancelled")
         self._services.dispatcher.finish(transfer_id, "prefill")
-
-    def _learn_prefill(self, done: PrefillDone) -> None:
-        seat, counted, now_s = self._seat, done.usage.cached_tokens, self._loop.time()
-        if seat is None or seat.start is None:
-            return
-        num_prefix = seat.prefix_tokens if done.url == seat.start.engine.url else 0
-        if counted is not None:
-            num_prefix = self._receipt.num_reused = counted
-        self._services.dispatcher.lessons.prefill_ended(
-            done.url,
-            sent_s=now_s - done.duration_s,
-            ended_s=now_s,
-            num_estimated=self._ask.num_prompt_tokens,
-            num_prompt=done.usage.prompt_tokens,
-            num_prefix=num_prefix,
-        )
-        self._metrics.add("mooncake_router_prompt_tokens_total", num_prefix, source="reused")
-        num_computed = (done.usage.prompt_tokens or self._ask.num_prompt_tokens) - num_prefix
-        self._metrics.add("mooncake_router_prompt_tokens_total", max(num_computed, 0), source="computed")
-
-    def _note_first_byte(self, *, is_stream: bool) -> None:
-        """Compare what comes with what was predicted and promised."""
-        now_s, seat, placed = self._loop.time(), self._seat, self._placed
-        ttft_s = self._receipt.ttft_s = now_s - self._start_s
-        self._metrics.observe("mooncake_router_ttft_seconds", ttft_s, kind="stream" if is_stream else "whole")
-        if self._promised_s is not None:
-            kept = "yes" if ttft_s <= self._promised_s else "no"
-            self._metrics.add("mooncake_router_class_requests_total", kept=kept, service=self._caller.service_class)
-        if not is_stream or seat is None or placed is None:
-            return
-        lessons = self._services.dispatcher.lessons
-        lessons.first_byte(seat.ttft_s, now_s - self._placed_s)
-        if not seat.placed.prefill_url and seat.start is not None:
-            self._services.dispatcher.finish(placed.transfer_id, "prefill")
-            lessons.prefill_ended(
-                placed.decode_url,
-                sent_s=self._placed_s,
-                ended_s=now_s,
-                num_estimated=self._ask.num_prompt_tokens,
-                num_prompt=0,
-                num_prefix=seat.prefix_tokens,
-            )
 
     def _finish(self, *, is_prefill_kept: bool) -> None:
         """Stop counting this placement. A prefill leg that is kept ends, and is accounted for, by itself."""
@@ -417,62 +353,28 @@ class Exchange:
                 await response.write(problem_event(problem, tail=opened.tail))
             else:
                 self._metrics.add("mooncake_router_legs_total", leg="decode", result="ok")
-                self._learn_pace(decode_url, passed)
+                self._services.watch.note_success(decode_url)
+                self._account.stream_ended(decode_url, passed)
             await response.write_eof()
             return response
         finally:
             opened.close()
 
-    def _learn_pace(self, decode_url: str, passed: Passed) -> None:
-        self._services.watch.note_success(decode_url)
-        self._metrics.add("mooncake_router_output_tokens_total", passed.num_events)
-        if passed.num_events < 2 or passed.blocked_s > CLIENT_SLOW_SHARE * passed.took_s:
-            return
-        self._metrics.observe("mooncake_router_token_seconds", passed.took_s / (passed.num_events - 1))
-        num_requests, num_context = self._placer.decoding(decode_url)
-        self._services.dispatcher.lessons.stream_ended(
-            num_requests=num_requests, num_context=num_context, num_tokens=passed.num_events, took_s=passed.took_s
-        )
-
     def _answer_whole(self, answer: WholeAnswer) -> web.Response:
         if answer.status >= 400:
             self.outcome = "engine_refused"
+        elif self._placed is not None:
+            self._services.watch.note_success(self._placed.decode_url)
         self._metrics.add("mooncake_router_legs_total", leg="decode", result="ok" if answer.status < 400 else "refused")
-        self._note_first_byte(is_stream=False)
-        self._learn_whole(answer)
-        headers = self._answer_headers(answer.content_type)
+        self._account.whole_ended(answer, self._placed)
+        headers = self._account.headers(answer.content_type, self._placed)
         return web.Response(status=answer.status, body=hide_params(answer.body), headers=headers)
 
     def _answer_problem(self, problem: Problem) -> web.Response:
-        headers = self._answer_headers(JSON)
+        headers = self._account.headers(JSON, self._placed)
         if problem.retry_after_s:
             headers["Retry-After"] = str(problem.retry_after_s)
         return web.Response(status=problem.status, body=problem_json(problem), headers=headers)
-
-    def _learn_whole(self, answer: WholeAnswer) -> None:
-        usage, seat = read_usage(answer.body), self._seat
-        if seat is not None and seat.start is not None and not seat.placed.prefill_url:
-            self._services.dispatcher.lessons.whole_ended(
-                seat.placed.decode_url,
-                sent_s=self._placed_s,
-                ended_s=self._loop.time(),
-                num_prompt=usage.prompt_tokens or self._ask.num_prompt_tokens,
-                num_prefix=seat.prefix_tokens,
-            )
-        if self._placed is not None and answer.status < 400:
-            self._services.watch.note_success(self._placed.decode_url)
-        if usage.completion_tokens:
-            self._metrics.add("mooncake_router_output_tokens_total", usage.completion_tokens)
-            self._services.dispatcher.lessons.answer_ended(usage.completion_tokens)
-        if self._placed is not None and not self._placed.prefill_url and usage.cached_tokens is not None:
-            self._receipt.num_reused = usage.cached_tokens
-
-    def _answer_headers(self, content_type: str) -> dict[str, str]:
-        receipt, placed = self._receipt, self._placed
-        if placed is not None:
-            receipt.prefill_url, receipt.decode_url = placed.prefill_url, placed.decode_url
-            receipt.transfer_id = placed.transfer_id
-        return receipt.headers(content_type)
 
     def _decode_problem(self, failure: LegFailure, *, is_alone: bool) -> Problem:
         if failure.kind == "timeout":
