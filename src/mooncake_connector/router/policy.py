@@ -454,17 +454,17 @@ class Joint:
             sent_s, ttft_s = demand.num_prompt_tokens * predictor.token_transfer_s, start.ttft_s
         once_s, per_request_s, per_token_s = predictor.step_coefficients
         own_s = once_s + per_request_s + per_token_s * added
-        best, least = candidates[0], (True, math.inf, 0, "")
-        for each in candidates:
+        best, is_least_full, least_s = candidates[0], True, math.inf
+        for each in sorted(candidates, key=_PLACED):
             cost_s = own_s + per_request_s * each.num_open + per_token_s * each.context_tokens
-            if cost_s > least[1] and not least[0]:
+            if cost_s >= least_s and not is_least_full:
                 continue
             is_full = 0 < each.capacity_tokens < each.context_tokens + added
             # It is sent while it is computed, so only what outlasts the computation is waited for.
             arrives_s = max(free_s, predictor.links.ingress_wait_s(each.url, now_s=now_s)) + sent_s
-            cost = (is_full, cost_s + max(arrives_s - ttft_s, 0.0), each.num_placed, each.url)
-            if cost < least:
-                best, least = each, cost
+            cost_s += max(arrives_s - ttft_s, 0.0)
+            if (is_full, cost_s) < (is_least_full, least_s):
+                best, is_least_full, least_s = each, is_full, cost_s
         return best
 
 
