@@ -327,7 +327,13 @@ def test_runs_hash_as_prefixes_do(prompts, block_tokens, scope):
             tokens += prompt[first * block_tokens : last * block_tokens]
             expected += hashes[first:last]
     if lengths:
-        assert token_hash.runs(starts, depths, lengths, pack_tokens(tokens), block_tokens).tolist() == expected
+        hashes, ends = token_hash.runs(starts, depths, lengths, pack_tokens(tokens), block_tokens)
+        assert hashes.tolist() == expected
+        assert ends.tolist() == [
+            depth + (number + 1) * block_tokens
+            for depth, length in zip(depths, lengths, strict=True)
+            for number in range(length)
+        ]
 
 
 @given(first=st.lists(st.integers(0, 9), max_size=9), second=st.lists(st.integers(0, 9), max_size=9))

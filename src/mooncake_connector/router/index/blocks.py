@@ -39,7 +39,7 @@ _LIVE = np.uint64(1 << 63)
 
 CAPACITY_MAX = 100_000_000
 Rows = npt.NDArray[np.intp]
-Depths = npt.NDArray[np.uint32]
+Depths = npt.NDArray[np.intp]
 
 
 class Blocks:
@@ -58,7 +58,7 @@ class Blocks:
         slots_log2 = max(6, (capacity * 8 // 5 - 1).bit_length())
         # blocks, by row
         self.hashes: Words = np.full(capacity, 0, np.uint64)
-        self.depths: Depths = np.full(capacity, 0, np.uint32)
+        self.depths: npt.NDArray[np.uint32] = np.full(capacity, 0, np.uint32)
         self._by_hash = KeyTable(slots_log2)
         self._num_names: npt.NDArray[np.uint16] = np.full(capacity, 0, np.uint16)
         self._free: npt.NDArray[np.int32] = np.full(capacity, 0, np.int32)
@@ -110,7 +110,7 @@ class Blocks:
         known = (slots >= 0).nonzero()[0]
         if known.size:
             known = known[self._confirm(slots[known], hashes[known])]
-        base = streams.astype(np.uint64) << _STREAM_SHIFT
+        base = streams << _STREAM_SHIFT
         base |= np.uint64(self._aging.era << _ERA_BITS_AT) | _LIVE
         if known.size == names.size:
             values = self._names.values.take(slots) & _ROW_MASK

@@ -261,19 +261,12 @@ def _read(event: Any) -> KvEvent | None:
             f"malformed batch of KV events: {len(hashes)} blocks of {block_tokens} have {len(tokens)} tokens"
         )
     parent = event.parent_block_hash
-    lora, salt, contents = _scope(event)
-    return Stored(
-        hashes,
-        None if parent is None else _word(parent),
-        tokens,
-        block_tokens,
-        tier,
-        event.group_idx or 0,
-        _window(event, block_tokens) if event.kv_cache_spec_kind is not None else 0,
-        lora,
-        salt,
-        contents,
-    )
+    if parent is not None and (type(parent) is not int or parent < 0):
+        parent = _word(parent)
+    is_plain = not (event.lora_name or event.lora_id or event.cache_salt or event.extra_keys)
+    lora, salt, contents = ("", "", None) if is_plain else _scope(event)
+    window = _window(event, block_tokens) if event.kv_cache_spec_kind is not None else 0
+    return Stored(hashes, parent, tokens, block_tokens, tier, event.group_idx or 0, window, lora, salt, contents)
 
 
 def _is_merged(event: Removed, events: list[KvEvent]) -> bool:

@@ -95,8 +95,8 @@ class TokenHash:
         tokens: Tokens,
         block_tokens: int,
         extras: Words | None = None,
-    ) -> Words:
-        """Return what :meth:`prefixes` would, for runs of blocks that begin in the middle of prompts.
+    ) -> tuple[Words, npt.NDArray[np.intp]]:
+        """Return what :meth:`prefixes` would, for runs of blocks that begin anywhere in prompts, and how long each is.
 
         Args:
             starts: per run, the hash of what comes before it; or, for one that goes on where an earlier run ends, minus
@@ -114,7 +114,9 @@ class TokenHash:
             sums += extras
         counts = np.array(lengths, np.intp)
         ends = np.add.accumulate(counts)
-        sums *= powers.before[np.arange(num_blocks) - np.repeat(ends - counts, counts)]
+        positions = np.arange(num_blocks)
+        positions -= np.repeat(ends - counts, counts)
+        sums *= powers.before.take(positions)
         np.add.accumulate(sums, out=sums)
         totals = [0, *sums[ends - 1].tolist()]
         lifts = self._weights(depths)
@@ -126,7 +128,10 @@ class TokenHash:
             stops.append(bases[-1] + totals[run + 1] * lift & WORD_MASK)
         sums *= np.repeat(lifts, counts)
         sums += np.repeat(np.array(bases, np.uint64), counts)
-        return sums
+        positions += 1
+        positions *= block_tokens
+        positions += np.repeat(np.array(depths, np.intp), counts)
+        return sums, positions
 
     def _weights(self, depths: Sequence[int]) -> Words:
         """Return the weights of positions."""

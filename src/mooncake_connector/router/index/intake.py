@@ -281,19 +281,16 @@ class Intake:
             extras = np.zeros(len(stores.hashes), np.uint64)
             for at, content in stores.contents:
                 extras[at] = content
-        hashes = self._hash.runs(
+        hashes, depths = self._hash.runs(
             stores.starts, stores.depths, stores.lengths, np.frombuffer(stores.tokens, np.uint32), kind.block_tokens,
             extras,
         )  # fmt: skip
-        firsts = np.repeat(np.add.accumulate(counts) - counts, counts)
-        depths = np.repeat(np.array(stores.depths, np.int64), counts)
-        depths += (np.arange(1, hashes.size + 1) - firsts) * kind.block_tokens
         names, streams, bits = _per_block(stores.hashes, stores.lives, stores.bits, counts)
         size = max(1, self._blocks.capacity // 8)
         for at in range(0, hashes.size, size):
             part = slice(at, at + size)
             self._blocks.store(
-                names[part], hashes[part], depths[part].astype(np.uint32), streams[part], bits[part],
+                names[part], hashes[part], depths[part], streams[part], bits[part],
                 word=kind.word, tier=kind.tier,
             )  # fmt: skip
 

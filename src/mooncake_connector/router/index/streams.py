@@ -171,7 +171,7 @@ class Sequencer(Generic[T]):
         self._now_ns = now_ns
         if self.state is State.LIVE and number == self.next_number:
             # What the table says of NEXT, for the case that is all but every one.
-            self._apply(number, _Held(time_s, batch))
+            self._apply(number, time_s, batch)
             return self._take_steps()
         self._see(self._classify(number, time_s), number, _Held(time_s, batch))
         if self.state is State.FILLING and len(self._held) > HELD_MAX:
@@ -271,7 +271,7 @@ class Sequencer(Generic[T]):
             elif held is None:
                 continue
             elif action is Do.APPLY:
-                self._apply(number, held)
+                self._apply(number, held.time_s, held.batch)
                 self._drain()
             elif action is Do.HOLD:
                 self._held[number] = held
@@ -322,21 +322,21 @@ class Sequencer(Generic[T]):
         for number in [each for each in self._recent if each >= next_number]:
             del self._recent[number]
 
-    def _apply(self, number: int, held: _Held[T]) -> None:
+    def _apply(self, number: int, time_s: float, batch: T) -> None:
         if number == 0:
             self._is_whole = True
-        self._steps.append(Apply(held.batch))
-        self._recent[number] = held.time_s
+        self._steps.append(Apply(batch))
+        self._recent[number] = time_s
         if len(self._recent) > RECENT_MAX:
             self._recent.popitem(last=False)
-        self._last_time_s = held.time_s
+        self._last_time_s = time_s
         self.next_number = number + 1
         self._has_progressed = True
         self._deadline_ns = self._now_ns + self._fill_timeout_ns
 
     def _drain(self) -> None:
         while (held := self._held.pop(self.next_number, None)) is not None:
-            self._apply(self.next_number, held)
+            self._apply(self.next_number, held.time_s, held.batch)
 
     def _take_steps(self) -> list[Apply[T] | Clear | Ask]:
         steps, self._steps = self._steps, []
