@@ -160,7 +160,8 @@ class AdmissionQueue:
         classes: by name; a request of an unknown class gets the class named ``""``, which must be there.
         safety_s: every deadline is planned to be met this much earlier.
         safety_errors: and earlier by this many times the error expected of the request's own prediction.
-        overtaking_errors: and a shorter request may go first only if this many times that error is left besides.
+        overtaking_errors: where requests are refused, a shorter one may go first only if this many times that error is
+            left besides.
         rule: an operator's own rule.
     """
 
@@ -281,7 +282,7 @@ class AdmissionQueue:
         rejected = [self._reject(each, "displaced", outlook) for each in self._too_dear(outlook)]
         planned, late = self.plan(outlook)
         rejected += [self._reject(each, "infeasible", outlook) for each in late]
-        self._rank(planned, [], outlook)
+        self._rank(planned, [], outlook, self._overtaking_errors)
         return rejected
 
     def _too_dear(self, outlook: Outlook) -> list[Waiting]:
@@ -356,7 +357,7 @@ class AdmissionQueue:
                 planned.append(Planned(each, margin_s))
         return planned
 
-    def order(self, outlook: Outlook, num_max: int = WAITING_MAX) -> list[Waiting]:
+    def order(self, outlook: Outlook, num_max: int = WAITING_MAX, *, is_refusing: bool = True) -> list[Waiting]:
         """Return what may be dispatched now, best first: shortest first among those that make nobody late.
 
         Those that are late already, where nothing is dropped, come last. Who came after the last plan comes with the
@@ -365,18 +366,18 @@ class AdmissionQueue:
         if self.is_plan_due(outlook.now_s):
             for each in self._waiting.values():
                 each.value = self._value(each)
-            self._rank(*self.plan(outlook), outlook)
+            self._rank(*self.plan(outlook), outlook, self._overtaking_errors if is_refusing else 0.0)
         still = (each for each in self._ranked if self._waiting.get(each.request_id) is each)
         return list(itertools.islice(still, num_max))
 
-    def _rank(self, planned: Sequence[Planned], late: Sequence[Waiting], outlook: Outlook) -> None:
+    def _rank(self, planned: Sequence[Planned], late: Sequence[Waiting], outlook: Outlook, errors: float) -> None:
         num_engines = max(len(outlook.queues_s), 1)
         margin_s = math.inf
         allowed = []
         for waiting, own_margin_s in planned:
             if waiting.work_s / num_engines < margin_s:
                 allowed.append(waiting)
-            margin_s = min(margin_s, own_margin_s - waiting.work_s * self._overtaking_errors * outlook.error)
+            margin_s = min(margin_s, own_margin_s - waiting.work_s * errors * outlook.error)
         self._ranked = [*sorted(allowed, key=_cheapness), *sorted(late, key=_cheapness)]
         self._ranked_s, self.is_changed = outlook.now_s, False
 

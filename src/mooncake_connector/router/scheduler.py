@@ -205,7 +205,7 @@ class Scheduler:
     def _dispatch_next(self, outlook: Outlook, known: tuple[str, Choice] | None = None) -> Dispatched | Refused | None:
         now_ns = int(outlook.now_s * 1e9)
         backlog_s = self._backlog_s(outlook)
-        for waiting in self.queue.order(outlook, TRIES_MAX):
+        for waiting in self.queue.order(outlook, TRIES_MAX, is_refusing=self._is_rejecting):
             submission = self._submissions[waiting.request_id]
             choice: Choice | Refused
             if known is not None and known[0] == waiting.request_id:
