@@ -198,6 +198,18 @@ def test_a_stream_that_begins_anew_holds_nothing_and_costs_nothing(index):
     assert len(index.blocks.masks) == 1, "closed columns are used again before another mask is"
 
 
+def test_an_engine_that_restarts_among_many_is_not_waited_for(index, monkeypatch):
+    engines = [index.engine() for _ in range(WORD_BITS)]
+    for engine in engines:
+        index.store(engine, 0, 1)
+    monkeypatch.setattr(index.blocks, "sweep_all", lambda: pytest.fail("cleaned up everything"))
+    for number in range(WORD_BITS // 2):
+        index.intake.close(engines[number])
+        engines[number] = index.engine()
+        index.store(engines[number], 0, 2)
+    assert [index.held(engine).device for engine in engines] == [8] * 32 + [4] * 32
+
+
 def test_a_child_may_name_a_parent_that_was_just_removed(index):
     # vLLM evicts one of two copies of a block while a request still uses the other.
     engine = index.engine()

@@ -25,7 +25,7 @@ from mooncake_connector.router.index.table import KeyTable, Slots
 from mooncake_store.errors import CapacityExceeded
 
 SWEEP_SLOTS = 1 << 14
-SWEEP_SLOTS_PER_BLOCK = 128
+SWEEP_SLOTS_PER_BLOCK = 32
 HOPS_MAX = 4
 LIVE_SHARE_MAX = 0.85
 

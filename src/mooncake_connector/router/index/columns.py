@@ -88,6 +88,7 @@ class Columns:
         self._free_streams = list(range(STREAMS_MAX - 1, -1, -1))
         self._free_columns: list[int] = []
         self._num_columns = 0
+        self._num_open = 0
         self._closed: list[int] = []
         self._leaving: list[int] = []
         self._layout: Layout | None = None
@@ -99,8 +100,8 @@ class Columns:
 
     @property
     def has_spare(self) -> bool:
-        """Tell whether the next column needs no further mask."""
-        return bool(self._free_columns) or self._num_columns % WORD_BITS != 0 or not self.has_closed
+        """Tell whether another column may be opened before closed ones are cleaned up, which takes a while."""
+        return bool(self._free_columns) or not self.has_closed or self._num_columns < max(WORD_BITS, 2 * self._num_open)
 
     def open_stream(self) -> int:
         """Return the number of a new stream.
@@ -133,6 +134,7 @@ class Columns:
             self.stream_bits.append(np.zeros(STREAMS_MAX, np.uint64))
         self.stream_bits[column.word][stream] |= np.uint64(column.bit)
         self._of_stream[stream].append(column)
+        self._num_open += 1
         self._layout = None
         return column
 
@@ -148,6 +150,7 @@ class Columns:
     def close(self, stream: int) -> None:
         """Let a stream count no more."""
         self.is_open[stream] = False
+        self._num_open -= len(self._of_stream[stream])
         self._closed.append(stream)
         self._layout = None
 
