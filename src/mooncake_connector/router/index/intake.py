@@ -20,7 +20,7 @@ from mooncake_connector.router.index.columns import Column, Tier
 from mooncake_connector.router.index.events import ANY_GROUP, Removed, Stored
 from mooncake_connector.router.index.hashing import DEPTH_MAX, WORD_MASK, TokenHash, Words
 
-FLUSH_BLOCKS = 1024
+FLUSH_BLOCKS = 2048
 COLUMNS_PER_STREAM_MAX = 64
 _ODD = 0xD6E8FEB86659FD93
 _ODD_WORD = np.uint64(_ODD)
