@@ -6,6 +6,7 @@ Threads: one asyncio loop; never blocks.
 from __future__ import annotations
 
 import asyncio
+import heapq
 from typing import NamedTuple
 
 from mooncake_connector.router.admission import Rejected
@@ -50,6 +51,7 @@ class Dispatcher:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._held: dict[str, asyncio.Future[Action]] = {}
+        self._expected: list[tuple[float, str]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._is_poll_due = False
 
@@ -73,6 +75,8 @@ class Dispatcher:
         """Return where a request goes, when it is its turn; cancelling forgets the request."""
         request_id = submission.place.request_id
         arrived_s = self._loop.time()
+        if self._expected:
+            self._note_expected(arrived_s)
         mine: Action | None = None
         for action in self.scheduler.submit(submission, now_s=arrived_s):
             if _subject(action) == request_id:
@@ -99,6 +103,14 @@ class Dispatcher:
         is_open = self.placer.finish(transfer_id, leg, now_ns=int(self._loop.time() * 1e9))
         self.poke()
         return is_open
+
+    def expect_prefilled(self, transfer_id: str, *, after_s: float) -> None:
+        """Count a prefill as over after so long, because nobody will tell."""
+        heapq.heappush(self._expected, (self._loop.time() + after_s, transfer_id))
+
+    def _note_expected(self, now_s: float) -> None:
+        while self._expected and self._expected[0][0] <= now_s:
+            self.placer.finish(heapq.heappop(self._expected)[1], "prefill", now_ns=int(now_s * 1e9))
 
     def poke(self) -> None:
         """Ask the scheduler soon, because something changed."""
@@ -139,7 +151,9 @@ class Dispatcher:
     def _poll(self) -> None:
         self._is_poll_due = False
         try:
-            for action in self.scheduler.poll(now_s=self._loop.time()):
+            now_s = self._loop.time()
+            self._note_expected(now_s)
+            for action in self.scheduler.poll(now_s=now_s):
                 self._settle(action)
         finally:  # whatever happens, those who wait must not wait for ever
             self._arm()

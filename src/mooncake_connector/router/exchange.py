@@ -184,9 +184,8 @@ class Exchange:
         self._placed = seat.placed
         self._account.seated(seat)
         if seat.start is not None and not seat.placed.prefill_url and not self._ask.is_stream:
-            # Nothing is heard of it before its last token: it counts as prefilled when that was expected.
-            finish, transfer_id = dispatcher.finish, seat.placed.transfer_id
-            self._loop.call_later(seat.start.ttft_s, finish, transfer_id, "prefill")
+            # Nothing is heard of it before its last token.
+            dispatcher.expect_prefilled(seat.placed.transfer_id, after_s=seat.start.ttft_s)
         return seat.placed
 
     async def _attempt(self, placed: Placed) -> Opened:
