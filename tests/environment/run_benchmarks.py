@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-SUPPORT = frozenset({"harness", "transport_peers"})
+SUPPORT = frozenset({"gateway_load", "harness", "transport_peers"})
 TIMEOUT_S = 3600.0
 
 
