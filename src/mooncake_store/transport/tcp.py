@@ -11,8 +11,8 @@ from mooncake_store.transport.base import LocalMemory, RegionDescriptor, TcpOffe
 from mooncake_store.transport.memory import host_identity
 from mooncake_store.transport.tcp_process import ServerProcess
 from mooncake_store.transport.tcp_reader import TcpAttachment
-from mooncake_store.transport.tcp_server import ReadServer
-from mooncake_store.transport.tls import NO_TLS, TlsContexts
+from mooncake_store.transport.tcp_server import ReadServer, listen
+from mooncake_store.transport.tls import TlsContexts
 
 logger = logging.getLogger(__name__)
 
@@ -28,10 +28,11 @@ class TcpTransport:
         num_streams: connections of one attachment; 0 = as many as the way to the peer wants.
         checksum: verify the checksums of what arrives.
         tls: encrypts, and lets in only members of the cell; None = plain. Both ends must agree.
-        process: serve from a process of its own, for owners whose Python is busy; memory it may not read is served from
-            here nevertheless.
+        process: serve from a process of its own, for owners whose Python is busy; what it cannot serve is served from
+            here.
 
-    Threads: one, started by the first ``serve``, answers all readers, here or there; reading uses the caller's thread.
+    Threads: one, started by the first ``serve``, answers all readers, here or in the process, which another thread
+    watches; reading uses the caller's thread.
     """
 
     medium = "tcp"
@@ -119,12 +120,12 @@ class TcpTransport:
         if self._has_process:
             try:
                 if self._process is None:
-                    self._process = ServerProcess(self._host, self._tls.files if self._tls else NO_TLS)
+                    self._process = ServerProcess(self._host, self._tls)
                 self._process.add(region_id, memory)
                 return self._process.port
             except (TransferFailed, OSError) as error:
                 logger.warning("serving %d bytes over tcp from this process: %s", memory.size_bytes, error)
         if self._server is None:
-            self._server = ReadServer(self._host, self._tls.accepting if self._tls else None)
+            self._server = ReadServer(listen(self._host), self._tls.accepting if self._tls else None)
         self._server.add(region_id, memory)
         return self._server.port

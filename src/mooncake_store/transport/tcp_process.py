@@ -2,12 +2,13 @@
 
 Architecture::
 
-    ServerProcess (in the engine)   starts the process, tells it which regions to serve; same interface as ReadServer
+    ServerProcess (in the engine)   holds the listening socket; starts the process, tells it which regions to serve
       └─ socketpair                 commands and answers, one at a time; a memfd travels along by SCM_RIGHTS
            └─ main() (this module)  maps memfds; reads other memory of its parent by process_vm_readv
 
-Failure model: the process ends with its parent, however that ends: it watches the parent's pidfd. When it ends
-by itself, peers find nobody and go on without us; ``add`` then raises, and the log has one error.
+Failure model: the process ends with its parent, however that ends: it watches the parent's pidfd. When the process ends
+by itself, or does not answer and is ended for that, its regions are served from the parent, on the same socket: readers
+lose a connection and open another. ``add`` raises when it cannot serve a region there.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from mooncake_store.transport import libc
 from mooncake_store.transport.base import LocalMemory
 from mooncake_store.transport.copying import single_range
 from mooncake_store.transport.memory import Mapping, is_sealed
-from mooncake_store.transport.tcp_server import ReadServer
-from mooncake_store.transport.tls import TlsFiles, load_contexts
+from mooncake_store.transport.tcp_server import ReadServer, listen
+from mooncake_store.transport.tls import NO_TLS, TlsContexts, TlsFiles, load_contexts
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,8 @@ MESSAGE_MAX_BYTES = 4096
 
 
 class Start(msgspec.Struct, frozen=True, tag="start"):
-    """What the process must know: where to bind, with which certificates."""
+    """Serve readers, with these certificates."""
 
-    host: str
     tls: TlsFiles
 
 
@@ -62,14 +62,13 @@ class Remove(msgspec.Struct, frozen=True, tag="remove"):
 
 
 class Answer(msgspec.Struct, frozen=True, tag="answer"):
-    """Say that a command is carried out, or why not; ``port`` is where the process listens."""
+    """Say that a command is carried out, or why not."""
 
-    port: int
     error: str = ""
 
 
 _PROGRAM = f"""import sys, msgspec
-sys.path = msgspec.msgpack.decode(bytes.fromhex(sys.argv[3]))
+sys.path = msgspec.msgpack.decode(bytes.fromhex(sys.argv[4]))
 from {__name__} import main
 main()"""
 _encode = msgspec.msgpack.encode
@@ -80,26 +79,36 @@ _answers = msgspec.msgpack.Decoder(Answer)
 class ServerProcess:
     """A read server outside this process.
 
-    Threads: every method may be called from any.
+    Threads: every method may be called from any. One of ours, ``mooncake-tcp-process``, waits for the process to end.
 
     Raises:
-        TransferFailed: it does not start; says why.
+        OSError: the address cannot be bound.
+        TransferFailed: the process does not start; says why.
     """
 
-    def __init__(self, host: str, tls: TlsFiles) -> None:
+    def __init__(self, host: str, tls: TlsContexts | None) -> None:
         self._lock = threading.Lock()
-        self._kept: dict[int, LocalMemory] = {}
+        self._tls = tls
+        self._regions: dict[int, LocalMemory] = {}
+        self._successor: ReadServer | None = None
+        self._is_closed = False
+        self._listener = listen(host)
+        self.port: int = self._listener.getsockname()[1]
         self._link, child = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        libc.allow_any_tracer()
         with child:
+            fds = child.fileno(), self._listener.fileno()
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, str(child.fileno()), str(os.getpid()), _encode(sys.path).hex()],
-                pass_fds=[child.fileno()], stdin=subprocess.DEVNULL)
+                [sys.executable, "-c", _PROGRAM, *map(str, fds), str(os.getpid()), _encode(sys.path).hex()],
+                pass_fds=fds, stdin=subprocess.DEVNULL)
         try:
-            self.port: int = self._ask(Start(host, tls), timeout_s=START_TIMEOUT_S).port
+            self._ask(Start(tls.files if tls else NO_TLS), timeout_s=START_TIMEOUT_S)
         except TransferFailed:
-            self.close()
+            self._process.wait()
+            self._link.close()
+            self._listener.close()
             raise
+        self._watch = threading.Thread(target=self._succeed, name="mooncake-tcp-process", daemon=True)
+        self._watch.start()
 
     def add(self, region_id: int, memory: LocalMemory) -> None:
         """Serve a region.
@@ -108,47 +117,67 @@ class ServerProcess:
             TransferFailed: the process cannot read it, or is gone.
         """
         with self._lock:
+            if memory.memfd < 0:
+                libc.allow_any_tracer()
             self._ask(Add(region_id, memory.address, memory.size_bytes), memfd=memory.memfd)
-            self._kept[region_id] = memory
+            self._regions[region_id] = memory
 
     def remove(self, region_id: int) -> None:
         """Stop serving a region; once this returns its memory is not touched any more. Idempotent."""
         with self._lock:
-            if region_id not in self._kept:
+            if self._regions.pop(region_id, None) is None:
+                return
+            if self._successor is not None:
+                self._successor.remove(region_id)
                 return
             try:
                 self._ask(Remove(region_id))
             except TransferFailed as error:
-                logger.error("ending the tcp server's process: %s", error.message)
-                self._process.kill()
-                self._process.wait()
-            del self._kept[region_id]
+                logger.error("%s", error.message)  # it is ended, and touches nothing any more
 
     def close(self) -> None:
-        """End the process. Idempotent."""
+        """End the process, and whoever took its place. Idempotent."""
         with self._lock:
-            self._link.close()
+            self._is_closed = True
             self._process.kill()
-            self._process.wait()
-            self._kept.clear()
+        self._watch.join()
+        self._link.close()
+        if self._successor is None:
+            self._listener.close()
+        else:
+            self._successor.close()
 
-    def _ask(self, command: Start | Add | Remove, *, memfd: int = -1, timeout_s: float = ANSWER_TIMEOUT_S) -> Answer:
-        """Have a command carried out. Raises TransferFailed."""
+    def _succeed(self) -> None:
+        """Wait for the process to end, then take its place."""
+        code = self._process.wait()
+        with self._lock:
+            if self._is_closed:
+                return
+            logger.error("the tcp server's process ended with code %d: serving %d regions from here", code,
+                         len(self._regions))
+            self._successor = ReadServer(self._listener, self._tls.accepting if self._tls else None)
+            for region_id, memory in self._regions.items():
+                self._successor.add(region_id, memory)
+
+    def _ask(self, command: Start | Add | Remove, *, memfd: int = -1, timeout_s: float = ANSWER_TIMEOUT_S) -> None:
+        """Have a command carried out. A process that does not answer is ended: what it serves would be unknown.
+
+        Raises:
+            TransferFailed: it was not.
+        """
         try:
             self._link.settimeout(timeout_s)
             socket.send_fds(self._link, [_encode(command)], [memfd] if memfd >= 0 else [])
-            answer = _answers.decode(self._link.recv(MESSAGE_MAX_BYTES))
-        except (OSError, msgspec.DecodeError) as error:
-            code = self._process.poll()
-            state = "does not answer" if code is None else "has ended"
-            raise TransferFailed(f"the tcp server's process {state}: {error}", where="tcp",
-                                 hint="set tcp_process to false to serve without it") from error
-        if answer.error:
-            raise TransferFailed(answer.error, where="tcp", hint="set tcp_process to false to serve without it")
-        return answer
+            error = _answers.decode(self._link.recv(MESSAGE_MAX_BYTES)).error
+        except (OSError, msgspec.DecodeError) as failure:
+            self._process.kill()
+            self._process.wait()
+            error = f"the tcp server's process does not answer: {failure}"
+        if error:
+            raise TransferFailed(error, where="tcp", hint="set tcp_process to false to serve without it")
 
 
-def _serve(link: socket.socket, parent: int) -> None:
+def _serve(link: socket.socket, listener: socket.socket, parent: int) -> None:
     """Carry out commands until the parent has gone."""
     server: ReadServer | None = None
     parent_fd = os.pidfd_open(parent)
@@ -163,9 +192,9 @@ def _serve(link: socket.socket, parent: int) -> None:
             try:
                 command = _commands.decode(data)
                 match command:
-                    case Start(host, tls):
+                    case Start(tls):
                         contexts = load_contexts(tls)
-                        server = ReadServer(host, contexts.accepting if contexts else None)
+                        server = ReadServer(listener, contexts.accepting if contexts else None)
                     case Add() if server is not None:
                         _add(server, command, fds[0] if fds else -1, parent)
                     case Remove(region_id) if server is not None:
@@ -175,7 +204,7 @@ def _serve(link: socket.socket, parent: int) -> None:
             finally:
                 for fd in fds:
                     os.close(fd)
-            link.send(_encode(Answer(server.port if server else 0, error)))
+            link.send(_encode(Answer(error)))
 
 
 def _add(server: ReadServer, command: Add, memfd: int, parent: int) -> None:
@@ -194,7 +223,7 @@ def main() -> None:
     """Serve for the parent that started us."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     set_up_logging("info")
-    link = socket.socket(fileno=int(sys.argv[1]))
+    link, listener = (socket.socket(fileno=int(argument)) for argument in sys.argv[1:3])
     os.sched_setaffinity(0, range(os.cpu_count() or 1))  # an engine binds itself, and us with it
-    _serve(link, int(sys.argv[2]))
+    _serve(link, listener, int(sys.argv[3]))
     os._exit(0)

@@ -197,24 +197,27 @@ class _Connection:
             return True  # the next step will say so
 
 
+def listen(host: str) -> socket.socket:
+    """Bind ``host`` at a port of the system's choice, and listen there. Raises OSError."""
+    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+    listener = socket.create_server(address, family=family, backlog=128)
+    listener.setblocking(False)
+    return listener
+
+
 class ReadServer:
-    """Serves regions on ``host`` at a port of the system's choice.
+    """Serves regions to whoever connects to a listening socket.
 
     Args:
-        host: address to bind.
+        listener: see ``listen``; closed with the server.
         tls: wraps every connection; None = plain.
 
     Threads: one, ``mooncake-tcp``. A withdrawal waits for the step that is touching the region (some ms at most).
-
-    Raises:
-        OSError: the address cannot be bound.
     """
 
-    def __init__(self, host: str, tls: ssl.SSLContext | None = None) -> None:
-        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        self._listener = socket.create_server(address, family=family, backlog=128)
-        self._listener.setblocking(False)
-        self.port: int = self._listener.getsockname()[1]
+    def __init__(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        self._listener = listener
+        self.port: int = listener.getsockname()[1]
         self._tls = tls
         self._lock = threading.Lock()
         self._regions: dict[int, _Region] = {}
