@@ -17,7 +17,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,16 +64,18 @@ def main() -> None:
     os.sched_setaffinity(0, {LOAD_CORE})
     ports = free_ports(NUM_ENGINES)
     engines = [f"http://127.0.0.1:{port}" for port in ports]
-    rows: list[dict[str, Any]] = []
-    with process([sys.executable, load.__file__, "engine", *map(str, ports)], LOAD_CORE, folder / "engines.log"):
+    with ExitStack() as stack:
+        engine = [sys.executable, load.__file__, "engine", *map(str, ports)]
+        stack.enter_context(process(engine, LOAD_CORE, folder / "engines.log"))
         wait_ready(f"{engines[0]}/health")
+        running = []
         for gateway in gateways(args):
             port = free_ports(1)[0]
             log = folder / f"{gateway.name.replace(' ', '-')}.log"
-            with process(gateway.command(port, engines), GATEWAY_CORE, log) as pid:
-                wait_ready(f"http://127.0.0.1:{port}{gateway.ready_path}")
-                harness.say(f"{gateway.name} ...")
-                rows.append(measure(gateway.name, port, ports[0], pid, args))
+            pid = stack.enter_context(process(gateway.command(port, engines), GATEWAY_CORE, log))
+            running.append(Running(gateway.name, port, pid, []))
+            wait_ready(f"http://127.0.0.1:{port}{gateway.ready_path}")
+        rows = measure(running, ports[0], args)
     harness.publish(
         args, rows, title="A gateway on one core, in front of fake engines",
         notes=["added = with the gateway less without, medians of the same round; best of rounds; ms",
@@ -109,11 +111,30 @@ def gateways(args: Any) -> Iterator[Gateway]:
     return (each for each in found if not args.only or any(part in each.name for part in args.only))
 
 
-def measure(name: str, port: int, engine_port: int, pid: int, args: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"gateway": name}
+class Running(NamedTuple):
+    """A gateway that was started, and what its rounds gave."""
+
+    name: str
+    port: int
+    pid: int
+    rounds: list[dict[str, float]]
+
+
+def measure(running: list[Running], engine_port: int, args: Any) -> list[dict[str, Any]]:
     if not args.held_only:
-        load.drive(port, load.requests(port), num_clients=8, duration_s=min(args.seconds, 2.0))  # warm
-        rounds = [one_round(port, engine_port, args) for _ in range(args.rounds)]
+        for each in running:
+            load.drive(each.port, load.requests(each.port), num_clients=8, duration_s=min(args.seconds, 2.0))  # warm
+        for number in range(args.rounds):
+            for each in running if number % 2 == 0 else reversed(running):
+                harness.say(f"round {number + 1}: {each.name}")
+                each.rounds.append(one_round(each.port, engine_port, args))
+    return [row_of(each, args) for each in running]
+
+
+def row_of(gateway: Running, args: Any) -> dict[str, Any]:
+    port, rounds = gateway.port, gateway.rounds
+    row: dict[str, Any] = {"gateway": gateway.name}
+    if rounds:
         row["added p50, 1 client"] = min(each["p50"] for each in rounds)
         row["requests/s, 64 clients"] = max(each["rate"] for each in rounds)
         row["p99 at 64"] = min(each["p99"] for each in rounds)
@@ -125,7 +146,7 @@ def measure(name: str, port: int, engine_port: int, pid: int, args: Any) -> dict
                           num_each=1)  # fmt: skip
         row["streams held"], row["broken"] = len(held.whole_s), held.num_failed
         row["held TTFT p99"] = held.first_ms(0.99)
-    row["RSS MB"] = rss_mb(pid)
+    row["RSS MB"] = rss_mb(gateway.pid)
     return row
 
 

@@ -1,5 +1,6 @@
-"""The two ends of the gateway benchmark, small enough to be in nobody's way: an engine that says what it is told to,
-and clients that ask and take the time. Plain sockets and epoll; nothing is parsed that need not be.
+"""Be both ends of the gateway benchmark: an engine that says what it is told to, and clients that take the time.
+
+Plain sockets and epoll; nothing is parsed that need not be.
 
     gateway_load.py engine PORT [PORT ...]
 
@@ -66,6 +67,7 @@ class Engine:
             self._poll.register(listener, select.EPOLLIN)
 
     def serve(self) -> None:
+        """Answer until killed."""
         while True:
             wait_s = max(self._due[0][0] - time.monotonic(), 0.0) if self._due else -1
             for number, _ in self._poll.poll(wait_s):
@@ -164,12 +166,15 @@ class Times(NamedTuple):
 
     @property
     def rate(self) -> float:
+        """Return answers per second."""
         return len(self.whole_s) / self.took_s
 
     def first_ms(self, quantile: float = 0.5) -> float:
+        """Return a quantile of the time to the first byte of the body."""
         return self.first_s[int(quantile * (len(self.first_s) - 1))] * 1e3 if self.first_s else float("nan")
 
     def whole_ms(self, quantile: float = 0.5) -> float:
+        """Return a quantile of the time to the last byte."""
         return self.whole_s[int(quantile * (len(self.whole_s) - 1))] * 1e3 if self.whole_s else float("nan")
 
 
