@@ -310,6 +310,7 @@ TestFeed.settings = settings(max_examples=60, stateful_step_count=40, deadline=N
     block_tokens=st.integers(1, 4),
     scope=st.integers(0, (1 << 64) - 1),
 )
+@settings(deadline=None)
 def test_runs_hash_as_prefixes_do(prompts, block_tokens, scope):
     token_hash = TokenHash(SECRET)
     starts, depths, lengths, tokens, expected = [], [], [], [], []
@@ -337,6 +338,7 @@ def test_runs_hash_as_prefixes_do(prompts, block_tokens, scope):
 
 
 @given(first=st.lists(st.integers(0, 9), max_size=9), second=st.lists(st.integers(0, 9), max_size=9))
+@settings(deadline=None)
 def test_prefixes_are_told_apart(first, second):
     token_hash = TokenHash(SECRET)
     hashes = [token_hash.prefixes(7, pack_tokens(prompt), 1).tolist()[-1:] for prompt in (first, second)]
@@ -348,6 +350,7 @@ def test_prefixes_are_told_apart(first, second):
         st.tuples(st.booleans(), st.lists(st.integers(1, 120), min_size=1, max_size=20, unique=True)), max_size=30
     )
 )
+@settings(deadline=None)
 def test_table_equals_a_dictionary(steps):
     table, model = KeyTable(7), {}
     for is_add, keys in steps:

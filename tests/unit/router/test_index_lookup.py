@@ -227,9 +227,13 @@ def test_an_unknown_parent_is_refused(index):
     assert index.held(engine) == NOTHING
 
 
-def test_two_blocks_of_one_name_are_refused(index):
-    event = Stored([7, 7], None, array.array("I", [1, 2]), 1, Tier.DEVICE, 0, 0, "", "", None)
-    assert not index.intake.store(index.engine(), event)
+def test_a_name_that_comes_twice_at_once_means_what_it_meant_last(index):
+    engine = index.engine()
+    index.intake.store(engine, Stored([7, 8, 7], None, array.array("I", [1, 2, 3]), 1, Tier.DEVICE, 0, 0, "", "", None))
+    index.store(engine, 0, 3)
+    index.store(engine, 0, 2)
+    assert index.held(engine).device == 12 and index.held(engine, [1, 2]) == NOTHING
+    assert index.blocks.num_live == 5
 
 
 def test_a_name_that_is_given_to_another_block_means_only_that(index):

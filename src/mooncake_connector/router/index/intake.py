@@ -46,42 +46,36 @@ class Life:
         self.stream = stream
         self.salt = salt
         self.columns: dict[tuple[int, int], Column] = {}
-        self._kinds: dict[tuple[Tier, int], _Kind] = {}
+        self.lanes: dict[tuple[Tier, int, int], tuple[_Kind, int]] = {}
         # What is gathered and not yet carried out, by the engine's hashes.
-        self.stored: dict[_Kind, set[int]] = {}
+        self.told: list[Sequence[int]] = []
         self.tails: dict[_Kind, dict[int, tuple[int, int]]] = {}
         self.linked: set[int] = set()
         self.removed: set[int] = set()
-
-    def kind(self, event: Stored, column: Column) -> _Kind:
-        """Return what an event's stores have in common with others."""
-        key = event.tier, column.number
-        kind = self._kinds.get(key)
-        if kind is None:
-            kind = self._kinds[key] = _Kind(event.block_tokens, event.tier, event.group, column.word)
-        return kind
+        self._stored: set[int] = set()
 
     def name(self, value: int) -> int:
         """Return the name of a block in the index, from the engine's hash."""
         return (value * _ODD + self.salt & WORD_MASK) or 1
 
-    def is_storing(self, value: int) -> bool:
-        """Tell whether a store of this block is gathered."""
-        return any(value in each for each in self.stored.values())
-
-    def claim(self, kind: _Kind, values: Sequence[int]) -> bool:
-        """Note that a store of these blocks is gathered; False when one of them was noted before."""
-        stored = self.stored.get(kind)
-        if stored is None:
-            stored = self.stored[kind] = set()
-            self.tails[kind] = {}
-        num_noted = len(stored)
-        stored.update(values)
-        return len(stored) == num_noted + len(values)
+    def stored(self) -> set[int]:
+        """Return the blocks of which a store is gathered. Seldom asked, so it is not kept ready."""
+        if self.told:
+            self._stored.update(*self.told)
+            self.told.clear()
+        return self._stored
 
     def is_busy_with(self, values: Sequence[int]) -> bool:
         """Tell whether anything about any of these blocks is gathered."""
-        return any(each and not each.isdisjoint(values) for each in (*self.stored.values(), self.linked, self.removed))
+        return any(each and not each.isdisjoint(values) for each in (self.stored(), self.linked, self.removed))
+
+    def forget_gathered(self) -> None:
+        """What was gathered is carried out."""
+        self.told.clear()
+        self.tails.clear()
+        self.linked.clear()
+        self.removed.clear()
+        self._stored.clear()
 
 
 class _Stores:
@@ -163,14 +157,10 @@ class Intake:
         if not event.tokens:
             self._gather_links(life, event)
             return True
-        column = self._column(life, event)
-        kind = life.kind(event, column)
+        kind, bit = life.lanes.get((event.tier, event.group, event.block_tokens)) or self._lane(life, event)
         start = self._start(life, event, kind)
-        if start is not None and not life.claim(kind, hashes):
-            self.flush()
-            start = self._start(life, event, kind) if life.claim(kind, hashes) else None
         if start is None:
-            return False  # an unknown parent, or one hash for two blocks
+            return False
         before, depth = start
         end = depth + len(event.tokens)
         if end >= DEPTH_MAX:
@@ -189,8 +179,12 @@ class Intake:
         stores.depths.append(depth)
         stores.lengths.append(len(hashes))
         stores.lives.append(life)
-        stores.bits.append(column.bit)
-        life.tails[kind][hashes[-1]] = (-len(stores.starts), end)
+        stores.bits.append(bit)
+        life.told.append(hashes)
+        tails = life.tails.get(kind)
+        if tails is None:
+            tails = life.tails[kind] = {}
+        tails[hashes[-1]] = (-len(stores.starts), end)
         self._note(life, len(hashes))
         return True
 
@@ -228,10 +222,7 @@ class Intake:
         for (tier, word), removals in self._removals.items():
             self._flush_removals(tier, word, removals)
         for life in self._busy:
-            life.stored.clear()
-            life.tails.clear()
-            life.linked.clear()
-            life.removed.clear()
+            life.forget_gathered()
         self._stores.clear()
         self._links.clear()
         self._removals.clear()
@@ -246,25 +237,31 @@ class Intake:
         if self._num_gathered >= FLUSH_BLOCKS:
             self.flush()
 
-    def _column(self, life: Life, event: Stored) -> Column:
+    def _lane(self, life: Life, event: Stored) -> tuple[_Kind, int]:
+        """Return what an event's stores have in common with others, and the bit of its column, opened if need be."""
         key = event.group, event.block_tokens
         column = life.columns.get(key)
         if column is None:
             column = life.columns[key] = self._blocks.open_column(
                 life.stream, event.group, event.block_tokens, event.window_tokens
             )
-        return column
+        kind = _Kind(event.block_tokens, event.tier, event.group, column.word)
+        lane = life.lanes[event.tier, event.group, event.block_tokens] = kind, column.bit
+        return lane
 
     def _start(self, life: Life, event: Stored, kind: _Kind) -> tuple[int, int] | None:
         """Return the hash of what comes before an event's blocks (or the run that ends there), and its length."""
         if event.parent is None:
             return self._hash.scope(event.lora, event.salt), 0
-        tail = life.tails.get(kind, {}).get(event.parent)
+        tails = life.tails.get(kind)
+        tail = tails.get(event.parent) if tails else None
         if tail is not None:
             return tail
-        if life.is_storing(event.parent):
+        name = life.name(event.parent)
+        row = self._blocks.row_of(name)
+        if row < 0 and event.parent in life.stored():
             self.flush()
-        row = self._blocks.row_of(life.name(event.parent))
+            row = self._blocks.row_of(name)
         return None if row < 0 else (self._blocks.hashes.item(row), self._blocks.depths.item(row))
 
     def _gather_links(self, life: Life, event: Stored) -> None:
@@ -286,6 +283,12 @@ class Intake:
             extras,
         )  # fmt: skip
         names, streams, bits = _per_block(stores.hashes, stores.lives, stores.bits, counts)
+        ordered = np.sort(names)
+        if (ordered[1:] == ordered[:-1]).any():
+            # Some name came twice; what it meant last counts.
+            _, lasts = np.unique(names[::-1], return_index=True)
+            kept = np.sort(names.size - 1 - lasts)
+            names, hashes, depths, streams, bits = (each[kept] for each in (names, hashes, depths, streams, bits))
         size = max(1, self._blocks.capacity // 8)
         for at in range(0, hashes.size, size):
             part = slice(at, at + size)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import enum
 import math
-from collections import OrderedDict
 from typing import Generic, NamedTuple, TypeVar
 
 T = TypeVar("T")
@@ -152,7 +151,7 @@ class Sequencer(Generic[T]):
         self._deadline_ns = 0
         self._now_ns = 0
         self._last_time_s = 0.0
-        self._recent: OrderedDict[int, float] = OrderedDict()
+        self._recent: dict[int, float] = {}
         self._held: dict[int, _Held[T]] = {}
         self._steps: list[Apply[T] | Clear | Ask] = []
 
@@ -328,7 +327,7 @@ class Sequencer(Generic[T]):
         self._steps.append(Apply(batch))
         self._recent[number] = time_s
         if len(self._recent) > RECENT_MAX:
-            self._recent.popitem(last=False)
+            del self._recent[next(iter(self._recent))]
         self._last_time_s = time_s
         self.next_number = number + 1
         self._has_progressed = True
