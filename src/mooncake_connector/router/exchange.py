@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
 
@@ -67,7 +67,7 @@ class Exchange:
         caller: who asks.
         promise: what the caller's class is promised; None when nothing is.
         request_id: goes to both engines and back to the client.
-        headers: lines to send to the engines, each with its end.
+        headers: what both engines get.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Exchange:
         caller: Caller,
         promise: ServiceClass | None,
         request_id: str,
-        headers: bytes,
+        headers: Mapping[str, str],
     ) -> None:
         self._services = services
         self._placer = services.watch.placer

@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
 import msgspec
 from aiohttp import web
+from multidict import CIMultiDict
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from mooncake_connector.router.admission import ServiceClass
@@ -36,9 +37,9 @@ log = logging.getLogger(__name__)
 # Hop-by-hop headers (RFC 9110, 7.6.1), and those that describe the body or the connection, which we write ourselves.
 _DROPPED_HEADERS = frozenset(
     (
-        b"connection", b"keep-alive", b"proxy-authenticate", b"proxy-authorization", b"proxy-connection", b"te",
-        b"trailer", b"transfer-encoding", b"upgrade", b"host", b"content-length", b"content-type", b"content-encoding",
-        b"accept-encoding", b"expect", b"x-request-id",
+        "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te",
+        "trailer", "transfer-encoding", "upgrade", "host", "content-length", "content-type", "content-encoding",
+        "accept-encoding", "expect", "x-request-id",
     )  # fmt: skip
 )
 UNAUTHORIZED = Problem(401, "no tenant has this key; send Authorization: Bearer KEY with one that the router knows")
@@ -214,19 +215,19 @@ class Gateway:
             return None
         return self._dispatcher.scheduler.queue.service_class(caller.service_class)
 
-    def _engine_headers(self, request: web.BaseRequest, request_id: str) -> bytes:
-        """Return the lines that both engines get."""
+    def _engine_headers(self, request: web.BaseRequest, request_id: str) -> Mapping[str, str]:
+        """Return what both engines get."""
         has_tenants = bool(self._config.tenants)
-        lines = [
-            b"%s: %s\r\n" % (name, value)
-            for name, value in request.raw_headers
+        headers: CIMultiDict[str] = CIMultiDict(
+            (name, value)
+            for name, value in request.headers.items()
             # A tenant's key is the router's business; engines know only ours.
-            if (lower := name.lower()) not in _DROPPED_HEADERS and not (has_tenants and lower == b"authorization")
-        ]
-        lines.append(b"X-Request-Id: %s\r\n" % request_id.encode())
+            if (lower := name.lower()) not in _DROPPED_HEADERS and not (has_tenants and lower == "authorization")
+        )
+        headers["X-Request-Id"] = request_id
         if has_tenants and self._config.engine_api_key:
-            lines.append(f"Authorization: Bearer {self._config.engine_api_key}\r\n".encode())
-        return b"".join(lines)
+            headers["Authorization"] = f"Bearer {self._config.engine_api_key}"
+        return headers
 
     async def _read_ask(self, request: web.BaseRequest, route: Route) -> Ask | Problem:
         limit_bytes = self._config.body_max_bytes

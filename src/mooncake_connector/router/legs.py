@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 import aiohttp
@@ -60,7 +61,7 @@ class StreamedAnswer:
     """
 
     def __init__(self, answer: Answer, first: bytes) -> None:
-        self.content_type = answer.headers.get("content-type", EVENT_STREAM)
+        self.content_type = answer.headers.get("Content-Type", EVENT_STREAM)
         self.first = first
         self.tail = first[-TAIL_BYTES:]
         self._answer = answer
@@ -95,7 +96,7 @@ class PrefillLeg:
     ``task`` ends with PrefillDone or LegFailure; cancel it to end the request on the engine.
     """
 
-    def __init__(self, legs: Legs, url: str, route: str, body: bytes, headers: bytes) -> None:
+    def __init__(self, legs: Legs, url: str, route: str, body: bytes, headers: Mapping[str, str]) -> None:
         self.url = url
         self.is_sent = False
         self._moved = asyncio.Event()
@@ -139,19 +140,19 @@ class Legs:
 
     async def close(self) -> None:
         """Close every connection."""
-        self._http.close()
+        await self._http.close()
         await self.session.close()
 
     def abort_silent(self, url: str, *, silent_s: float) -> int:
         """End every leg at an engine that has said nothing for so long, as lost; return how many those were."""
         return self._http.abort(url, silent_s=silent_s)
 
-    def start_prefill(self, url: str, route: str, body: bytes, headers: bytes) -> PrefillLeg:
+    def start_prefill(self, url: str, route: str, body: bytes, headers: Mapping[str, str]) -> PrefillLeg:
         """Send a prefill request; returns at once."""
         return PrefillLeg(self, url, route, body, headers)
 
     async def run_prefill(
-        self, leg: PrefillLeg, route: str, body: bytes, headers: bytes
+        self, leg: PrefillLeg, route: str, body: bytes, headers: Mapping[str, str]
     ) -> PrefillDone | LegFailure:
         """Send one prefill request and read its answer. Called by :class:`PrefillLeg`."""
         loop = asyncio.get_running_loop()
@@ -174,7 +175,7 @@ class Legs:
         return PrefillDone(leg.url, loop.time() - start_s, read_introduction(data, ()), read_usage(data))
 
     async def open_decode(
-        self, url: str, route: str, body: bytes, headers: bytes, *, dialect: Dialect, is_stream: bool
+        self, url: str, route: str, body: bytes, headers: Mapping[str, str], *, dialect: Dialect, is_stream: bool
     ) -> StreamedAnswer | WholeAnswer | LegFailure:
         """Send a decode request; return when the first byte of a stream, or the whole of another answer, is here."""
         # What is not streamed has no time limit of its own beside the request's.
@@ -214,14 +215,14 @@ async def _first_of(
         return LegFailure("refused", url, _summary(answer.status, body), answer.status)
     if answer.status >= 400 and not is_json(body):
         return LegFailure("refused", url, _summary(answer.status, body), answer.status)
-    return WholeAnswer(answer.status, answer.headers.get("content-type", JSON), body)
+    return WholeAnswer(answer.status, answer.headers.get("Content-Type", JSON), body)
 
 
 def _complaint(answer: Answer, body: bytes) -> WholeAnswer | None:
     """Return an engine's answer to a bad request; None for errors that another engine might not make."""
     if answer.status not in BAD_REQUEST_STATUSES or not is_json(body):
         return None
-    return WholeAnswer(answer.status, answer.headers.get("content-type", JSON), body)
+    return WholeAnswer(answer.status, answer.headers.get("Content-Type", JSON), body)
 
 
 def _describe(error: BaseException) -> str:
