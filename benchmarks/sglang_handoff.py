@@ -30,7 +30,7 @@ PAUSE_S = 1.0
 CHUNK_TOKENS = 512
 BACKENDS = {"pull": "mooncake_pull", "in-tree": "mooncake_tcp"}
 FLAGS = ("--device", "cpu", "--attention-backend", "torch_native", "--host", "127.0.0.1", "--page-size", "16",
-         "--mem-fraction-static", "0.1", "--max-total-tokens", "8192", "--max-running-requests", "4",
+         "--mem-fraction-static", "0.5", "--max-total-tokens", "8192", "--max-running-requests", "4",
          "--chunked-prefill-size", str(CHUNK_TOKENS), "--enable-metrics", "--sleep-on-idle")
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "2",
                # Ours does that by itself; for the other, SGLang would ask for a CUDA event.

@@ -31,7 +31,7 @@ mooncake etcd >"$LOGS/etcd.log" 2>&1 &
 mooncake store serve --memory 1GiB >"$LOGS/store.log" 2>&1 &
 for round in 1 2; do
     "$PYTHON" -m sglang.launch_server --model-path "$MODEL" --host 127.0.0.1 --port 8101 --device cpu \
-        --attention-backend torch_native --page-size 16 --mem-fraction-static 0.1 --max-total-tokens 4096 \
+        --attention-backend torch_native --page-size 16 --mem-fraction-static 0.5 --max-total-tokens 4096 \
         --max-running-requests 8 --sleep-on-idle "$@" >"$LOGS/server-$round.log" 2>&1 &
     SERVER=$!
     seconds=0

@@ -31,7 +31,7 @@ CLIENTS = 6
 
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
 FLAGS = ("--device", "cpu", "--dtype", "float32", "--attention-backend", "torch_native", "--host", "127.0.0.1",
-         "--page-size", str(PAGE_TOKENS), "--mem-fraction-static", "0.1", "--max-total-tokens", "4096",
+         "--page-size", str(PAGE_TOKENS), "--mem-fraction-static", "0.5", "--max-total-tokens", "4096",
          "--max-running-requests", "8", "--context-length", "2048", "--skip-server-warmup", "--sleep-on-idle")
 _PROBE = """
 import importlib.metadata as m

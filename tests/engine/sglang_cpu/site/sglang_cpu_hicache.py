@@ -43,7 +43,10 @@ def activate():
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
     import torch
-    from sglang.srt.mem_cache.pool_host import common, mha
+    from sglang.srt.mem_cache.pool_host import base, common, mha
+
+    # SGLang leaves 10 GiB of the host's memory to others, which a test machine may not have.
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = 1 << 30
 
     def allocate(dims, dtype, device, pin_memory, allocator, registration_granularity_bytes=None):
         return allocator.allocate(dims, dtype=dtype, device=device)
