@@ -16,8 +16,9 @@ server() { # NAME PORT FLAGS...
     name=$1 port=$2
     shift 2
     "$PYTHON" -m sglang.launch_server --model-path "$MODEL" --served-model-name demo --host 127.0.0.1 \
-        --port "$port" --device cpu --attention-backend torch_native --page-size 16 --mem-fraction-static 0.1 --max-total-tokens 4096 \
-        --max-running-requests 8 --disaggregation-transfer-backend mooncake_pull "$@" >"$LOGS/$name.log" 2>&1 &
+        --port "$port" --device cpu --attention-backend torch_native --page-size 16 --mem-fraction-static 0.5 \
+        --max-total-tokens 4096 --max-running-requests 8 --disaggregation-transfer-backend mooncake_pull \
+        "$@" >"$LOGS/$name.log" 2>&1 &
 }
 
 wait_for() { # NAME URL

@@ -34,9 +34,10 @@ PAGE_TOKENS = 16
 MIB = 1 << 20
 
 LINKER = {"linker": "PoolLinker", "linker_module_path": "mooncake_connector.engines.sglang.linker"}
+# The fraction bounds what loading may seem to take while other processes start; the cache is as large as its tokens.
 COMMON_FLAGS = (
     "--host", "127.0.0.1", "--device", "cpu", "--attention-backend", "torch_native", "--page-size", str(PAGE_TOKENS),
-    "--mem-fraction-static", "0.1", "--max-total-tokens", str(CACHE_TOKENS), "--max-running-requests", "8",
+    "--mem-fraction-static", "0.5", "--max-total-tokens", str(CACHE_TOKENS), "--max-running-requests", "8",
     "--chunked-prefill-size", str(CHUNK_TOKENS), "--enable-metrics", "--enable-cache-report",
     "--disaggregation-transfer-backend", "mooncake_pull")  # fmt: skip
 # The default for retracted requests is pinned host memory, which a CPU build of torch has not.
