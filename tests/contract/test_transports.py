@@ -17,10 +17,10 @@ from mooncake_store.transport.tls import TlsFiles, load_contexts
 CERTIFICATES = Path(__file__).parent / "certificates"
 
 
-def make_tls(*, process=False):
+def make_tls():
     """Make a member of the test cell; a function, because contexts cannot be pickled."""
     files = TlsFiles(*(str(CERTIFICATES / name) for name in ("member.pem", "member.key", "authority.pem")))
-    return TcpTransport(tls=load_contexts(files), process=process)
+    return TcpTransport(tls=load_contexts(files))
 
 
 class TestShm(TransportTests):
@@ -44,14 +44,6 @@ class TestTcpWithoutChecksum(TransportTests):
 
 class TestTcpWithThreeStreams(TransportTests):
     make = functools.partial(TcpTransport, num_streams=3)
-
-
-class TestTcpFromItsOwnProcess(TransportTests):
-    make = functools.partial(TcpTransport, process=True)
-
-
-class TestTcpFromItsOwnProcessOverTls(TransportTests):
-    make = staticmethod(functools.partial(make_tls, process=True))
 
 
 class TestTcpOverTls(TransportTests):

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import socket
 import threading
 
 from mooncake_store.errors import MooncakeError, TransferFailed
 from mooncake_store.transport.base import LocalMemory, RegionDescriptor, TcpOffer
 from mooncake_store.transport.memory import host_identity
-from mooncake_store.transport.tcp_process import ServerProcess
 from mooncake_store.transport.tcp_reader import TcpAttachment
-from mooncake_store.transport.tcp_server import ReadServer, listen
+from mooncake_store.transport.tcp_server import ReadServer
 from mooncake_store.transport.tls import TlsContexts
-
-logger = logging.getLogger(__name__)
 
 FAR_STREAMS = 2
 """Connections to another machine, whose packets arrive on different cores. Within one machine a second connection makes
@@ -28,24 +24,19 @@ class TcpTransport:
         num_streams: connections of one attachment; 0 = as many as the way to the peer wants.
         checksum: verify the checksums of what arrives.
         tls: encrypts, and lets in only members of the cell; None = plain. Both ends must agree.
-        process: serve from a process of its own, for owners whose Python is busy; what it cannot serve is served from
-            here.
 
-    Threads: one, started by the first ``serve``, answers all readers, here or in the process, which another thread
-    watches; reading uses the caller's thread.
+    Threads: one, started by the first ``serve``, answers all readers; reading uses the caller's thread.
     """
 
     medium = "tcp"
 
     def __init__(self, host: str = "127.0.0.1", *, num_streams: int = 0, checksum: bool = True,
-                 tls: TlsContexts | None = None, process: bool = False) -> None:
+                 tls: TlsContexts | None = None) -> None:
         self._host = host
         self._num_streams = num_streams
         self._checksum = checksum and tls is None
         self._tls = tls
         self._lock = threading.Lock()
-        self._has_process = process
-        self._process: ServerProcess | None = None
         self._server: ReadServer | None = None
         self._is_closed = False
 
@@ -70,14 +61,16 @@ class TcpTransport:
         with self._lock:
             if self._is_closed:
                 raise TransferFailed("transport is closed", where="tcp")
-            return TcpOffer(self._host, self._add(region_id, memory), self._tls is not None)
+            if self._server is None:
+                self._server = ReadServer(self._host, self._tls.accepting if self._tls else None)
+            self._server.add(region_id, memory)
+            return TcpOffer(self._host, self._server.port, self._tls is not None)
 
     def withdraw(self, region_id: int) -> None:
         """Stop serving; answers under way break off. Idempotent."""
         with self._lock:
-            for server in (self._process, self._server):
-                if server is not None:
-                    server.remove(region_id)
+            if self._server is not None:
+                self._server.remove(region_id)
 
     def attach(self, region: RegionDescriptor, *, deadline_ns: int) -> TcpAttachment:
         """Connect, and ask whether the region is served.
@@ -106,26 +99,9 @@ class TcpTransport:
         return attachment
 
     def close(self) -> None:
-        """Withdraw everything; end the thread and the process. Idempotent."""
+        """Withdraw everything and end the thread. Idempotent."""
         with self._lock:
             self._is_closed = True
-            servers = self._process, self._server
-            self._process = self._server = None
-        for server in servers:
-            if server is not None:
-                server.close()
-
-    def _add(self, region_id: int, memory: LocalMemory) -> int:
-        """Have a region served; return the port. Raises OSError."""
-        if self._has_process:
-            try:
-                if self._process is None:
-                    self._process = ServerProcess(self._host, self._tls)
-                self._process.add(region_id, memory)
-                return self._process.port
-            except (TransferFailed, OSError) as error:
-                logger.warning("serving %d bytes over tcp from this process: %s", memory.size_bytes, error)
-        if self._server is None:
-            self._server = ReadServer(listen(self._host), self._tls.accepting if self._tls else None)
-        self._server.add(region_id, memory)
-        return self._server.port
+            server, self._server = self._server, None
+        if server is not None:
+            server.close()

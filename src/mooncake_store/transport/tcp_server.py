@@ -15,13 +15,12 @@ import socket
 import ssl
 import threading
 import time
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from mooncake_store.errors import RemoteProtocolError
-from mooncake_store.transport import libc, tcp_wire
+from mooncake_store.transport import tcp_wire
 from mooncake_store.transport.base import LocalMemory
 from mooncake_store.transport.checksum import checksum_of
 from mooncake_store.transport.copying import single_range
@@ -52,38 +51,6 @@ TURN_S = 1.0
 _NO_READS = np.empty((0, 2), np.uint64)
 
 
-class _Region(NamedTuple):
-    """Memory that is served: our own, or that of process ``pid``, of which we send copies."""
-
-    memory: LocalMemory
-    pid: int
-
-
-class _Scratch:
-    """Room for copies of what one connection is sent, used again and again: fresh memory costs a fault per page."""
-
-    def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
-
-    def reserve(self, size_bytes: int) -> int:
-        """Have room for this much; return where, valid until the next call."""
-        if self._bytes.nbytes < size_bytes:
-            self._bytes = np.empty(size_bytes, np.uint8)
-        return self._bytes.ctypes.data
-
-    def gather(self, pid: int, ranges: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """Copy memory ranges of another process; return the one range where they are now. Raises OSError."""
-        total, filled = int(ranges[:, 1].sum()), 0
-        address, cursor = self.reserve(total), RangeCursor(ranges.copy())
-        while filled < total:
-            count = libc.read_process(pid, single_range(address + filled, total - filled), cursor.window())
-            if count == 0:
-                raise OSError("the owner's memory cannot be read")
-            cursor.advance(count)
-            filled += count
-        return single_range(address, total)
-
-
 class _Answer:
     """One response on its way out.
 
@@ -91,51 +58,36 @@ class _Answer:
         header: its header, or all of it.
         request: what is answered; None when ``header`` is all there is to say.
         reads: the memory to send, uint64 [n, 2] of (address, length).
-        pid: whose memory that is, 0 = ours; another process's is copied to ``scratch`` chunk by chunk.
 
     Attributes:
         region_id: whose memory it is sent from; 0 when from none.
         cursor: what is being sent. It stops behind each chunk, until ``go_on``.
     """
 
-    def __init__(self, header: bytes, request: Request | None = None, reads: npt.NDArray[np.uint64] = _NO_READS, *,
-                 pid: int = 0, scratch: _Scratch | None = None) -> None:
+    def __init__(self, header: bytes, request: Request | None = None,
+                 reads: npt.NDArray[np.uint64] = _NO_READS) -> None:
         self.region_id = request.region_id if request else 0
         self._header = np.frombuffer(header, np.uint8)  # kept alive while it is sent, as the checksums are
-        self._is_checked = request is not None and bool(request.flags & tcp_wire.WANT_CHECKSUM)
-        self._reads, self._pid, self._scratch = reads, pid, scratch
-        self._chunks = list(tcp_wire.chunks(reads[:, 1])) if self._is_checked or pid else []
+        self._reads = reads
+        is_checked = request is not None and request.flags & tcp_wire.WANT_CHECKSUM
+        self._chunks = list(tcp_wire.chunks(reads[:, 1])) if is_checked else []
         self._checksums = np.empty(len(self._chunks), "<u8")
-        stops = [chunk.stop for chunk in self._chunks]
-        if scratch is not None and self._chunks:
-            address = scratch.reserve(max(chunk.num_bytes for chunk in self._chunks))
-            reads = np.array([[address, chunk.num_bytes] for chunk in self._chunks], np.uint64)
-            stops = list(range(1, len(self._chunks) + 1))
-        self._stops = [1 + stop + (number if self._is_checked else 0) for number, stop in enumerate(stops, 1)]
         self._num_begun = 0
         self.cursor = RangeCursor(tcp_wire.lay_out(
-            single_range(self._header.ctypes.data, self._header.nbytes), reads, stops if self._is_checked else (),
-            self._checksums.ctypes.data))
+            single_range(self._header.ctypes.data, self._header.nbytes), reads,
+            [chunk.stop for chunk in self._chunks], self._checksums.ctypes.data))
         if self._chunks:
             self.go_on()
 
     def go_on(self) -> bool:
-        """Begin with the next chunk, once the one before is sent; False when there is none.
-
-        Raises:
-            OSError: the memory of another process cannot be read.
-        """
+        """Begin with the next chunk, once the one before is sent; False when there is none."""
         number = self._num_begun
         if number == len(self._chunks):
             return False
         chunk = self._chunks[number]
-        ranges = self._reads[chunk.start:chunk.stop]
-        if self._scratch is not None:
-            ranges = self._scratch.gather(self._pid, ranges)
-        if self._is_checked:
-            self._checksums[number] = checksum_of(ranges)
+        self._checksums[number] = checksum_of(self._reads[chunk.start:chunk.stop])
         self._num_begun += 1
-        self.cursor.stop = self._stops[number]
+        self.cursor.stop = 1 + chunk.stop + self._num_begun
         return True
 
 
@@ -151,7 +103,6 @@ class _Connection:
         self.inbox = bytearray(INBOX_BYTES)
         self.filled = 0
         self.answer: _Answer | None = None
-        self.scratch = _Scratch()
         self.is_greeting = isinstance(sock, ssl.SSLSocket)
         self.is_refused = False
         self.events = select.EPOLLIN
@@ -197,30 +148,27 @@ class _Connection:
             return True  # the next step will say so
 
 
-def listen(host: str) -> socket.socket:
-    """Bind ``host`` at a port of the system's choice, and listen there. Raises OSError."""
-    family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-    listener = socket.create_server(address, family=family, backlog=128)
-    listener.setblocking(False)
-    return listener
-
-
 class ReadServer:
-    """Serves regions to whoever connects to a listening socket.
+    """Serves regions on ``host`` at a port of the system's choice.
 
     Args:
-        listener: see ``listen``; closed with the server.
+        host: address to bind.
         tls: wraps every connection; None = plain.
 
     Threads: one, ``mooncake-tcp``. A withdrawal waits for the step that is touching the region (some ms at most).
+
+    Raises:
+        OSError: the address cannot be bound.
     """
 
-    def __init__(self, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
-        self._listener = listener
-        self.port: int = listener.getsockname()[1]
+    def __init__(self, host: str, tls: ssl.SSLContext | None = None) -> None:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        self._listener = socket.create_server(address, family=family, backlog=128)
+        self._listener.setblocking(False)
+        self.port: int = self._listener.getsockname()[1]
         self._tls = tls
         self._lock = threading.Lock()
-        self._regions: dict[int, _Region] = {}
+        self._regions: dict[int, LocalMemory] = {}
         self._connections: dict[int, _Connection] = {}
         self._epoll = select.epoll()
         self._wake_read, self._wake_write = socket.socketpair()
@@ -230,10 +178,10 @@ class ReadServer:
         self._thread = threading.Thread(target=self._run, name="mooncake-tcp", daemon=True)
         self._thread.start()
 
-    def add(self, region_id: int, memory: LocalMemory, *, pid: int = 0) -> None:
-        """Serve a region: memory of ours, or of process ``pid``, which we must be allowed to read."""
+    def add(self, region_id: int, memory: LocalMemory) -> None:
+        """Serve a region; ``memory.owner`` is kept."""
         with self._lock:
-            self._regions[region_id] = _Region(memory, pid)
+            self._regions[region_id] = memory
 
     def remove(self, region_id: int) -> None:
         """Stop serving a region; once this returns its memory is not touched any more. Idempotent."""
@@ -363,27 +311,25 @@ class ReadServer:
     def _begin(self, connection: _Connection, request: Request, packed: bytes) -> _Answer | None:
         """Check a request and begin its answer; None when all of it has been sent at once. Raises OSError."""
         region = self._regions.get(request.region_id)
-        if region is not None and request.num_reads == 1 and not region.pid:
+        if region is not None and request.num_reads == 1:
             offset, length = tcp_wire.unpack_read(packed)
-            size_bytes = region.memory.size_bytes
+            size_bytes = region.size_bytes
             if 0 < length <= min(STAGED_MAX_BYTES, size_bytes) and offset <= size_bytes - length:
-                start = region.memory.address + offset
+                start = region.address + offset
                 return self._send_staged(connection, request, bytes(SPACE[start:start + length]))
         reads = np.frombuffer(packed, "<u8").astype(np.uint64).reshape(-1, 2)
-        status = tcp_wire.UNKNOWN_REGION if region is None else tcp_wire.check_reads(reads, region.memory.size_bytes)
+        status = tcp_wire.UNKNOWN_REGION if region is None else tcp_wire.check_reads(reads, region.size_bytes)
         if region is None or status != tcp_wire.OK or request.num_reads == 0:
             connection.is_refused = status != tcp_wire.OK
             return _Answer(pack_response(Response(status, request.frame_id, request.num_reads, 0)))
         ranges = reads
-        ranges[:, 0] += np.uint64(region.memory.address)
+        ranges[:, 0] += np.uint64(region.address)
         num_bytes = int(ranges[:, 1].sum())
         if num_bytes <= STAGED_MAX_BYTES:
-            if region.pid:
-                ranges = connection.scratch.gather(region.pid, ranges)
             staged = b"".join(SPACE[start:start + length] for start, length in ranges.tolist())
             return self._send_staged(connection, request, staged)
         header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, num_bytes))
-        return _Answer(header, request, ranges, pid=region.pid, scratch=connection.scratch if region.pid else None)
+        return _Answer(header, request, ranges)
 
     def _send_staged(self, connection: _Connection, request: Request, staged: bytes) -> _Answer | None:
         header = pack_response(Response(tcp_wire.OK, request.frame_id, request.num_reads, len(staged)))

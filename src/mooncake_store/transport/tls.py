@@ -29,11 +29,10 @@ NO_TLS = TlsFiles()
 
 
 class TlsContexts(NamedTuple):
-    """What wraps sockets: those we accept and those we open. ``files`` are what they were made from."""
+    """What wraps sockets: those we accept and those we open."""
 
     accepting: ssl.SSLContext
     connecting: ssl.SSLContext
-    files: TlsFiles
 
 
 def load_contexts(files: TlsFiles) -> TlsContexts | None:
@@ -51,7 +50,7 @@ def load_contexts(files: TlsFiles) -> TlsContexts | None:
                           where=f"$.{missing[0]}", hint=GENERATE_HINT)
     for key, path in named.items():
         _check_readable(key, path)
-    contexts = TlsContexts(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), files)
+    contexts = TlsContexts(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT))
     contexts.accepting.num_tickets = 0  # nobody resumes, and a ticket would look like an answer nobody asked for
     contexts.connecting.check_hostname = False
     for context in (contexts.accepting, contexts.connecting):
