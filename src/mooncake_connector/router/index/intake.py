@@ -288,7 +288,8 @@ class Intake:
             # Some name came twice; what it meant last counts.
             _, lasts = np.unique(names[::-1], return_index=True)
             kept = np.sort(names.size - 1 - lasts)
-            names, hashes, depths, streams, bits = (each[kept] for each in (names, hashes, depths, streams, bits))
+            names, hashes, streams, bits = names[kept], hashes[kept], streams[kept], bits[kept]
+            depths = depths[kept]
         size = max(1, self._blocks.capacity // 8)
         for at in range(0, hashes.size, size):
             part = slice(at, at + size)
