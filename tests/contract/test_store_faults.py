@@ -184,11 +184,12 @@ def test_reads_of_a_medium(medium):
 
 
 @pytest.mark.parametrize("medium", ["shm", "cma", "tcp"])
-def test_an_owner_that_stops_and_is_killed_under_pulls(medium):
+def test_an_owner_that_stops_and_is_killed_under_pulls(medium, request):
     """Blocks with a second owner keep coming; the others end as failed or miss; nobody hangs."""
     holdings = Holdings()
     cell = MemoryCell()
     mortal = MortalOwner(cell, medium, range(NUM_BLOCKS))
+    request.addfinalizer(mortal.kill)  # also when the test fails before it does
     survivor = StoreClient(StoreConfig(directory="off", segment_bytes=2 << 20, media=(medium,)),
                            directory=MemoryDirectory(cell))
     reader = StoreClient(StoreConfig(directory="off", segment_bytes=0, media=(medium,)),
