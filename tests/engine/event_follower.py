@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mooncake_connector.router.engines import EngineTable, Introduction
+from mooncake_connector.router.event_subscriber import EventSubscriber
 from mooncake_connector.router.index.endpoints import EventSockets
 from mooncake_connector.router.index.hashing import pack_tokens
 from mooncake_connector.router.index.holdings import Holdings, Source
 from mooncake_connector.router.index.lookup import Held
-from mooncake_connector.router.index.subscriber import EventSubscriber
 from mooncake_connector.router.metrics import ROUTER_METRICS
 from mooncake_store.metrics import Metrics
 

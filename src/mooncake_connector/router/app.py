@@ -21,10 +21,10 @@ from mooncake_connector.router.desk import PlacementDesk
 from mooncake_connector.router.discovery import Discovery, open_cell
 from mooncake_connector.router.dispatcher import Dispatcher
 from mooncake_connector.router.engines import EngineTable
+from mooncake_connector.router.event_subscriber import EventSubscriber
 from mooncake_connector.router.gateway import Gateway
 from mooncake_connector.router.ids import Ids
 from mooncake_connector.router.index.holdings import Holdings
-from mooncake_connector.router.index.subscriber import EventSubscriber
 from mooncake_connector.router.index.told import Told
 from mooncake_connector.router.legs import Legs
 from mooncake_connector.router.lessons import Lessons

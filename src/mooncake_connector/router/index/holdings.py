@@ -1,6 +1,6 @@
 """Know what every engine holds, from its own events: the index, the streams that feed it, and its answers.
 
-Pure: no sockets, threads or clocks. Not thread-safe; one owner. The shell that reads sockets is subscriber.py.
+Pure: no sockets, threads or clocks. Not thread-safe; one owner. The shell that reads sockets is event_subscriber.py.
 """
 
 from __future__ import annotations

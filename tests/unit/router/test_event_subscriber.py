@@ -11,11 +11,11 @@ import zmq
 import zmq.asyncio
 
 from mooncake_connector.router.engines import Engine, EngineTable, Introduction
+from mooncake_connector.router.event_subscriber import EventSubscriber
 from mooncake_connector.router.index.endpoints import EventSockets, of_rank, seen_from
 from mooncake_connector.router.index.hashing import pack_tokens
 from mooncake_connector.router.index.holdings import Holdings, Source
 from mooncake_connector.router.index.lookup import Held
-from mooncake_connector.router.index.subscriber import EventSubscriber
 from mooncake_connector.router.metrics import ROUTER_METRICS
 from mooncake_store.errors import ConfigError
 from mooncake_store.metrics import Metrics
