@@ -105,7 +105,7 @@ def test_our_router_tells_why_when_the_prefill_dies_and_takes_it_back(pair, ours
     status, text = complete(ours, PROMPTS[-1], model=name)
     assert status in (502, 503) and pair.prefill in text, text
     settle(pair.decode)
-    pair.heal()
+    pair.supervisor.restart("prefill")
     deadline = time.monotonic() + 30
     while True:
         status, answer = complete(ours, PROMPTS[-1], model=name)

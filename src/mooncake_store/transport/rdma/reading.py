@@ -67,10 +67,11 @@ class Bounce:
         return int(self._memory.ctypes.data) + slot * self.slot_bytes
 
     def close(self) -> None:
-        """Deregister. Idempotent."""
+        """Deregister and let go of the memory, also where a failed read's traceback still refers to us. Idempotent."""
         for registration in self.registrations:
             registration.close()
         self.registrations.clear()
+        self._memory = np.empty(0, np.uint8)
 
 
 class Lane(NamedTuple):
