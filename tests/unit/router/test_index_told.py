@@ -18,7 +18,7 @@ from mooncake_connector.router.policy import make_policy
 from mooncake_connector.router.predictor import Predictor
 from mooncake_connector.router.prefix_index import PrefixIndex
 from unit.router.cell import eventually, running_cell
-from unit.router.test_index_subscriber import Publisher, stored
+from unit.router.test_event_subscriber import Publisher, stored
 
 TOKENS = list(range(100, 164))
 TOKEN_IDS = np.array(TOKENS, "<u4").tobytes()
