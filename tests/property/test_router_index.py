@@ -240,7 +240,7 @@ class Feed(RuleBasedStateMachine):
         number, payload = message
         frames = [b"", b"topic", number.to_bytes(8, "big"), payload][0 if is_replay else 1 :]
         source = self.sources[which]
-        if number > self.lost[which]:
+        if self.lost[which] <= number < END:  # the end of a replay does not tell of what was published after it began
             self.lost[which] = -1
         self.asked(which, self.holdings.on_message(source, frames, is_replay=is_replay, now_ns=self.now_ns))
 

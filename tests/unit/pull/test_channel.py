@@ -185,7 +185,12 @@ def test_a_peer_that_takes_no_answers_is_not_listened_to_and_costs_the_others_no
     for number in range(1, 51):
         other.send(wire.Hello(number, "other", HOST, "0"))
     assert len(exchange(other, 50)) == 50
-    (slow,) = [peer for peer in serving._listener._peers.values() if peer.channel.unsent]
+
+    def with_answers_lying():
+        return [peer for peer in serving._listener._peers.values() if peer.channel.unsent]
+
+    wait_for(lambda: len(with_answers_lying()) == 1, what="all answers to the other sent and accounted for")
+    (slow,) = with_answers_lying()
     assert not slow.is_heard and len(slow.channel.unsent) <= wire.MESSAGE_MAX_BYTES + wire.LENGTH_BYTES
     replies = exchange(deaf, 20)
     assert [reply.request_id for reply in replies] == list(range(1, 21)), "once it listens, it gets them all"

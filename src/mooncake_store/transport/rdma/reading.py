@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import mmap
 import select
 import time
 from collections.abc import Sequence
@@ -52,7 +53,8 @@ class Bounce:
 
     def __init__(self, devices: Sequence[Device], slot_bytes: int) -> None:
         self.slot_bytes = slot_bytes
-        self._memory = np.zeros(slot_bytes * NUM_SLOTS, np.uint8)
+        # Mapped, not allocated: whole pages are registered, and closing gives them back at once.
+        self._memory = np.frombuffer(mmap.mmap(-1, slot_bytes * NUM_SLOTS), np.uint8)
         self.registrations: list[Registration] = []
         try:
             for device in devices:
